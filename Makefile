@@ -1,0 +1,87 @@
+# Each target makes what it needs: a fresh clone and a Python >= 3.10 are enough. A second run installs nothing
+# and needs no network.
+#
+#   make demo       train a small CNN, no learning rate given; ARGS="--steps 200" passes options on
+#   make test       everything that takes seconds; ARGS="-k demo" passes options on
+#   make test-slow  what takes minutes
+#   make lint       ruff, mypy, clang-format
+#
+# Which torch: when $(PYTHON) has one in 2.11 to 2.14 it is used as it is, from where it is; nothing is installed
+# into that interpreter. Otherwise $(TORCH) is installed into $(VENV): TORCH="torch==2.12.1" takes another one, pip's
+# own settings (PIP_INDEX_URL) take it from elsewhere, for instance from PyTorch's index of CPU wheels.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+# One stamp for each choice of interpreter and torch: another choice makes the environment anew.
+BASE := $(VENV)/base-$(firstword $(shell printf '%s' '$(PYTHON) $(TORCH)' | cksum))
+READY := $(VENV)/ready
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(READY)
+	$(PY) -m lwas_fast.demo $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(ARGS)
+
+test-slow: $(READY)
+	$(PY) -m pytest -m slow $(ARGS)
+
+# Through its module: the command may lie beside another interpreter, whose packages are shared.
+CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'
+CSRC := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(if $(CSRC),$(CLANG_FORMAT) --dry-run --Werror $(CSRC))
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	if [ -e $(VENV)/made-by-make ]; then rm -rf $(VENV); fi
+
+# setuptools first: without build isolation the build uses the environment's own, and a fresh one may have none.
+$(READY): $(BASE) pyproject.toml setup.py
+	$(PIP) 'setuptools>=77'
+	$(PIP) --no-build-isolation -e '.[demo,test,lint]' -c $(VENV)/constraints
+	@touch $@
+
+# Prints what makes the packages of the running interpreter visible to another environment, if a fitting torch is
+# among them. Not venv's --system-site-packages: from a virtual environment that shows the packages of the Python
+# below it, not its own.
+define SHARE_TORCH
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("lwas_fast needs Python >= 3.10, and this is " + sys.version.split()[0] + "; try PYTHON=python3.12")
+try:
+    import torch
+    version = torch.__version__
+    if (2, 11) <= tuple(map(int, version.split(".")[:2])) < (2, 15):
+        print("using torch", version, "of", sys.executable, file=sys.stderr)
+        for folder in sys.path:
+            if folder.endswith(("site-packages", "dist-packages")):
+                print(f"import site; site.addsitedir({folder!r})")
+    else:
+        print("torch", version, "of", sys.executable, "does not fit (2.11 to 2.14)", file=sys.stderr)
+except Exception as error:
+    print("no torch in", sys.executable, f"({error})", file=sys.stderr)
+endef
+export SHARE_TORCH
+
+$(BASE):
+	@if [ -e $(VENV) ] && [ ! -e $(VENV)/made-by-make ]; then echo \
+	  "$(VENV) was not made by this Makefile: remove it, or name another folder with VENV=..." >&2; exit 1; fi
+	rm -rf $(VENV) && mkdir -p $(VENV) && touch $(VENV)/made-by-make
+	@$(PYTHON) -c "$$SHARE_TORCH" > $(VENV)/share.pth
+	$(PYTHON) -m venv $(VENV)
+	@if [ -s $(VENV)/share.pth ]; then mv $(VENV)/share.pth $(VENV)/lib/python*/site-packages/; \
+	  else echo "installing $(TORCH)"; $(PIP) '$(TORCH)'; fi
+	@# Nothing that is installed later may replace that torch.
+	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints
+	@touch $@

@@ -1,0 +1,15 @@
+"""``python -m lwas_fast``: what is installed and which implementations are active."""
+
+from lwas_fast.backends import describe
+
+
+def main() -> None:
+    """Print the table."""
+    rows = describe()
+    width = max(len(what) for what, _ in rows)
+    for what, which in rows:
+        print(f"{what:<{width}}  {which}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""AdamW with layer-wise adaptive step sizes (AdamW-LW)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from lwas_fast.curvature import ProbeVectors
+from lwas_fast.layers import LayerRule
+from lwas_fast.optimizer import LayerwiseOptimizer
+from lwas_fast.options import Common
+from lwas_fast.update import Moving, bias_correction
+
+
+class AdamWLW(LayerwiseOptimizer):
+    r"""AdamW whose step size is measured, layer by layer, instead of given.
+
+    .. math::
+        m \leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \quad
+        d = -\hat m / (\sqrt{\hat v} + \epsilon), \quad W \leftarrow (1 - r\gamma) W + r\, d
+
+    with r the layer's rate, bounded by ``cap``, and γ the decoupled weight decay.
+
+    Source: Bahamou & Goldfarb, arXiv 2305.13664 (AdamW-LW); cap, growth limit and noise factor are ours.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs (best: they make the layers), or group dictionaries.
+        lr: Dimensionless multiplier of every rate, for schedulers; 1 means the measured rate.
+        betas: Decays of the averages of the gradient and of its square, each in [0, 1).
+        eps: Added to the denominator; greater than 0.
+        weight_decay: Decoupled decay; it enters the measured curvature too.
+        ramp_steps: Measured rates grow linearly from 0 to full over this many steps.
+        cap: Most that a step may change a layer, as a share of its weights' norm.
+        **common: See :class:`lwas_fast.optimizer.LayerwiseOptimizer`.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, or a parameter cannot be optimized.
+    """
+
+    _buffers = ("exp_avg", "exp_avg_sq")
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        ramp_steps: int = 0,
+        cap: float = 0.1,
+        warmup_rate: float = 1e-3,
+        layers: LayerRule = None,
+        **common: Unpack[Common],
+    ):
+        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        own |= {"ramp_steps": ramp_steps, "cap": cap, "warmup_rate": warmup_rate}
+        super().__init__(params, own, layers, common)
+
+    def _probe(
+        self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor
+    ) -> ProbeVectors:
+        beta1, beta2 = group["betas"]
+        old, steps = state["exp_avg"], state["step"].to(gradient.dtype)
+        second = state["exp_avg_sq"].lerp(gradient.square(), 1 - beta2) / bias_correction(steps + 1, beta2)
+        denominator = second.sqrt_().add_(group["eps"])
+        momentum = old / bias_correction(steps, beta1, empty=torch.nan)
+        if group["probe"] == "gradient":
+            return ProbeVectors(gradient, gradient / -denominator, momentum)
+        first = old.lerp(gradient, 1 - beta1) / -bias_correction(steps + 1, beta1)
+        return ProbeVectors(gradient, first / denominator, momentum)
+
+    def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
+        beta1, beta2 = group["betas"]
+        first = [state["exp_avg"] for state in states]
+        second = [state["exp_avg_sq"] for state in states]
+        torch._foreach_lerp_(first, moving.gradients, moving.share(1 - beta1))
+        torch._foreach_mul_(moving.gradients, moving.gradients)
+        torch._foreach_lerp_(second, moving.gradients, moving.share(1 - beta2))
+        steps = moving.count(states)
+        denominators = list(torch._foreach_div(second, moving.each(bias_correction(steps, beta2))))
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, group["eps"])
+        directions = list(torch._foreach_div(first, moving.each(-bias_correction(steps, beta1))))
+        torch._foreach_div_(directions, denominators)
+        return directions

@@ -1,0 +1,185 @@
+"""``python -m lwas_fast.demo``: a small CNN trained with AdamWLW, no learning rate given, beside AdamW.
+
+Both start from the same weights and see the same batches; AdamW takes its default learning rate, 1e-3, and no
+schedule. It ends with a table of what was measured and a picture of the losses and of each layer's rate. One
+seed and one task: a look at how it behaves, not a benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lwas_fast import AdamWLW
+from lwas_fast.data import NAMES, Images, load_images
+
+if TYPE_CHECKING:
+    from lwas_fast.demo_report import Bars, Run
+
+STEPS, QUICK_STEPS, BATCH_SIZE = 900, 60, 128
+WARM_UP_STEPS = 3
+EVALUATED = 10_000  # images of the training set on which the training loss is measured at the end
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "AdamWLW": lambda model: AdamWLW(model.named_parameters()),
+    "AdamW (lr=1e-3)": lambda model: torch.optim.AdamW(model.parameters()),
+}
+
+
+class SmallCNN(nn.Module):
+    """Two convolutions with BatchNorm and two linear layers: 106 k weights for images of 28x28 pixels."""
+
+    def __init__(self, side: int, classes: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.hidden = nn.Linear(32 * (side // 4) ** 2, 64)
+        self.output = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images to one score for each class."""
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(self.norm2(self.conv2(x))), 2)
+        scores: Tensor = self.output(F.relu(self.hidden(x.flatten(1))))
+        return scores
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+    """Train on one batch and return its loss."""
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    if isinstance(optimizer, AdamWLW):
+        optimizer.backward(loss)  # the one line that differs: it measures the curvature when that is due
+    else:
+        loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.item()
+
+
+def train(
+    run: Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Images,
+    batches: Sequence[Tensor],
+    bars: Bars,
+) -> None:
+    """Train on the batches in order; `run` takes the losses, the rates and the time of the steps alone."""
+    for step, batch in enumerate(batches):
+        x, y = data.x_train[batch], data.y_train[batch]
+        refresh = isinstance(optimizer, AdamWLW) and optimizer.curvature_due
+        start = time.perf_counter()
+        loss = take_step(model, optimizer, x, y)
+        run.seconds += time.perf_counter() - start
+        run.losses.append(loss)
+        if isinstance(optimizer, AdamWLW) and refresh:
+            # Not at every step: rates() waits for the device, and they only change with a refresh.
+            run.add_rates(step, optimizer.rates())
+        bars.advance(run)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return the mean loss and the accuracy."""
+    model.eval()
+    scores = torch.cat([model(part) for part in torch.split(x, 1000)])
+    return F.cross_entropy(scores, y).item(), (scores.argmax(1) == y).float().mean().item()
+
+
+def make_batches(count: int, batch_size: int, steps: int, seed: int) -> list[Tensor]:
+    """Draw the indices of each batch: whole batches of one shuffled pass over the data after another."""
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Tensor] = []
+    while len(batches) < steps:
+        order = torch.randperm(count, generator=generator)
+        batches += torch.split(order[: count - count % batch_size], batch_size)
+    return batches[:steps]
+
+
+def compare(data: Images, batches: Sequence[Tensor], seed: int, bars: Bars) -> list[Run]:
+    """Train the same model on the same batches with each optimizer, one after the other."""
+    from lwas_fast.demo_report import Run
+
+    torch.manual_seed(seed)
+    initial = SmallCNN(data.x_train.shape[-1], data.classes).to(data.x_train.device)
+    for make in OPTIMIZERS.values():
+        # PyTorch sets much up on first use; the optimizer that comes first must not pay for it.
+        model = copy.deepcopy(initial)
+        optimizer = make(model)
+        for batch in batches[:WARM_UP_STEPS]:
+            take_step(model, optimizer, data.x_train[batch], data.y_train[batch])
+    runs = []
+    for name, make in OPTIMIZERS.items():
+        run, model = Run(name), copy.deepcopy(initial)
+        train(run, model, make(model), data, batches, bars)
+        run.train_loss, _ = evaluate(model, data.x_train[:EVALUATED], data.y_train[:EVALUATED])
+        run.test_loss, run.test_accuracy = evaluate(model, data.x_test, data.y_test)
+        runs.append(run)
+    return runs
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; what could fail only after minutes of training is refused here."""
+
+    def positive(text: str) -> int:
+        if (value := int(text)) < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+        return value
+
+    parser = argparse.ArgumentParser(
+        prog="python -m lwas_fast.demo",
+        description="Train a small CNN with AdamWLW, no learning rate given, and with AdamW beside it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--data", choices=NAMES, default="auto", help="Fashion-MNIST if found, else digits")
+    parser.add_argument("--path", type=Path, help="folder of Fashion-MNIST's files")
+    parser.add_argument("--steps", type=positive, default=STEPS)
+    parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("lwas_fast_demo.png"), help="picture")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps: does it run at all?")
+    args = parser.parse_args(argv)
+    if args.out.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--out {args.out}: the name must end in .png, .svg or .pdf")
+    if not args.out.absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
+    if args.quick:
+        args.steps = min(args.steps, QUICK_STEPS)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the demo."""
+    args = parse(argv)
+    try:
+        from lwas_fast.demo_report import Bars, draw, print_table
+
+        data = load_images(args.data, args.path)
+    except ModuleNotFoundError as error:
+        sys.exit(f"the demo needs {error.name}: pip install rich matplotlib scikit-learn, or use `make demo`")
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if args.batch_size > len(data.y_train):
+        sys.exit(f"error: --batch-size {args.batch_size}, but {data.name} has {len(data.y_train)} images")
+    torch.set_num_threads(args.threads)
+    batches = make_batches(len(data.y_train), args.batch_size, args.steps, args.seed)
+    with Bars(args.steps) as bars:
+        runs = compare(data.to(args.device), batches, args.seed, bars)
+    what = f"{data.name}, small CNN, {args.steps} steps of {args.batch_size} images, seed {args.seed}"
+    where = args.device if args.device != "cpu" else f"{args.threads} CPU threads"
+    print_table(runs, what, where)
+    draw(runs, what, args.out)
+
+
+if __name__ == "__main__":
+    main()

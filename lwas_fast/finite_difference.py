@@ -1,0 +1,174 @@
+"""Hessian-vector products as differences of gradients: (grad F(W + eps v) - grad F(W)) / eps, on the same batch.
+
+One more evaluation of the loss instead of a second derivative. Everything that evaluation moves is put back: parameters
+bit for bit, gradients, the running statistics of normalisation layers; and dropout draws the same masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from lwas_fast.curvature import Probe, layer_sums, tensor_signs
+
+# Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
+# balances rounding (weights and gradients keep that many digits) against the third derivative.
+_RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
+
+
+class Replay:
+    """The state of torch's random generators (CPU and the parameters' GPUs), to draw the same numbers again."""
+
+    def __init__(self, params: Sequence[Tensor]):
+        self._gpus = sorted({p.device.index for p in params if p.device.type == "cuda"})
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(i) for i in self._gpus]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, the generators start from the state recorded; after, they go on as if nothing had been drawn."""
+        with torch.random.fork_rng(devices=self._gpus):
+            torch.set_rng_state(self._cpu)
+            for i, state in zip(self._gpus, self._cuda, strict=True):
+                torch.cuda.set_rng_state(state, i)
+            yield
+
+
+@contextmanager
+def _buffers_kept() -> Iterator[None]:
+    """Put back every buffer (running statistics, counters) of every module that is called inside."""
+    kept: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+    seen: set[nn.Module] = set()
+
+    def keep(called: nn.Module, _: object) -> None:
+        if called in seen:
+            return
+        for module in called.modules():
+            seen.add(module)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and (module, name) not in kept:
+                    kept[module, name] = (buffer, buffer.clone())
+
+    # The optimizer does not know the model; a hook on all modules sees what the closure calls.
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for (module, name), (buffer, value) in kept.items():
+            buffer.copy_(value)
+            module._buffers[name] = buffer
+
+
+@contextmanager
+def _gradients_kept(leaves: Sequence[Tensor], values: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Start from no gradients inside, and put the present ones, with these values, back after."""
+    kept = [(leaf, leaf.grad) for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, grad in kept:
+            if grad is not None:  # its memory may have been written to: DDP's gradients are views of its buckets
+                grad.copy_(values[leaf])
+            leaf.grad = grad
+
+
+@contextmanager
+def _displaced(params: Sequence[Tensor], displacements: Sequence[Tensor]) -> Iterator[None]:
+    """Move the parameters inside, and put them back bit for bit after."""
+    kept = [p.detach().clone() for p in params]
+    try:
+        with torch.no_grad():
+            for p, displacement in zip(params, displacements, strict=True):
+                p.copy_(p.to(displacement.dtype) + displacement)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(params, kept, strict=True):
+                p.copy_(value)
+
+
+def _lengths(probe: Probe, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Squared norms (S,) of the layers' weights, not below their floor, and of their directions."""
+    square = [w.detach().to(d.dtype).square().sum() for w, d in zip(probe.selection.params, probe.directions, strict=True)]
+    weights = probe.selection.per_layer(torch.stack([s.to(dtype) for s in square]))
+    along = [d.square().sum().to(dtype) for d in probe.directions]
+    return weights.maximum(probe.selection.floor.square()), probe.selection.per_layer(torch.stack(along))
+
+
+def _step_lengths(probes: Sequence[Probe], estimator: str) -> list[list[Tensor]]:
+    """For each tensor, the eps that its direction is multiplied by; 0 where there is no direction."""
+    squares = [_lengths(probe, probe.bucket.table.dtype) for probe in probes]
+    if estimator == "joint":  # the cross terms are part of what is measured: one eps for all layers
+        device = squares[0][0].device
+        whole = [sum(s[k].sum().to(device) for s in squares) for k in (0, 1)]
+        squares = [(whole[0].expand_as(w).to(w), whole[1].expand_as(d).to(d)) for w, d in squares]
+    found = []
+    for probe, (weights, along) in zip(probes, squares, strict=True):
+        relative = max(_RELATIVE.get(p.dtype, 1e-3) for p in probe.selection.params)
+        found.append(probe.selection.per_tensor(torch.where(along > 0, relative * (weights / along).sqrt(), 0.0)))
+    return found
+
+
+def by_differences(
+    probes: Sequence[Probe],
+    evaluate: Callable[[], object],
+    replay: Replay,
+    leaves: Sequence[Tensor],
+    estimator: str,
+    signs: Sequence[float],
+) -> Iterator[Tensor]:
+    """Measure by finite differences.
+
+    Args:
+        probes: What to measure along; their gradients were taken at the present parameters.
+        evaluate: Runs the loss of the same batch and its backward, leaving raw gradients in ``.grad``.
+        replay: The random state that the first evaluation started from.
+        leaves: Every tensor whose ``.grad`` the evaluation may touch.
+        estimator: "signs", "joint" or "blocks"; the last evaluates once for each layer.
+        signs: ±1 for each layer of all probes; used by "signs".
+
+    Yields:
+        For each probe, its (S, len(Sums)).
+
+    Raises:
+        Exception: Whatever `evaluate` raises, after everything has been put back.
+    """
+    eps = _step_lengths(probes, estimator)
+    factors = tensor_signs(probes, signs)
+    if estimator != "signs":
+        factors = [[1.0] * len(f) for f in factors]
+    everything = [(p, i) for p, probe in enumerate(probes) for i in range(len(probe.vectors))]
+    passes = [everything]
+    if estimator == "blocks":
+        layers: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for p, i in everything:
+            layers.setdefault((p, probes[p].selection.layer[i]), []).append((p, i))
+        passes = list(layers.values())
+
+    products: list[list[Tensor | None]] = [[None] * len(probe.vectors) for probe in probes]
+    before = {leaf: leaf.grad.clone() for leaf in leaves if leaf.grad is not None}
+    for members in passes:
+        moved = [probes[p].selection.params[i] for p, i in members]
+        steps = [probes[p].vectors[i].direction * (eps[p][i] * factors[p][i]) for p, i in members]
+        with _gradients_kept(leaves, before), _displaced(moved, steps), _buffers_kept(), replay.again(), torch.enable_grad():
+            evaluate()
+            for p, i in members:
+                products[p][i] = _difference(probes[p], i, before, eps[p][i], factors[p][i])
+    for probe, part in zip(probes, products, strict=True):
+        yield layer_sums(probe, part)
+
+
+@torch.no_grad()
+def _difference(probe: Probe, i: int, before: dict[Tensor, Tensor], eps: Tensor, factor: float) -> Tensor:
+    param, direction = probe.selection.params[i], probe.vectors[i].direction
+    if param.grad is None or param not in before:  # the evaluations differ in more than the weights: no number is better
+        return torch.full_like(direction, torch.nan)
+    change = param.grad.to(direction.dtype) - before[param].to(direction.dtype)
+    return torch.where(eps > 0, change * (probe.scale * factor) / eps, 0.0)

@@ -1,0 +1,194 @@
+"""Parameters to layers: which tensors share a rate, and where each layer's numbers live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lwas_fast.rates import Column
+
+LayerRule: TypeAlias = "Callable[[str], str] | Mapping[str, str] | nn.Module | None"
+
+# A layer's weights may start at zero (biases, the last layer of a residual branch): relative to its own norm it
+# could never move. Its root mean square counts as this much at least (in the manner of Adafactor's epsilon_2).
+RMS_FLOOR = 1e-2
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's state and arithmetic: float32 for half precision, else its own."""
+    return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
+
+
+def module_of(name: str) -> str:
+    """The module that a parameter name belongs to: ``"conv1.weight"`` -> ``"conv1"``.
+
+    A parametrized tensor (``"conv1.parametrizations.weight.original0"``) belongs to the module that uses it; a
+    parameter of the root module is a layer of its own.
+    """
+    owner, parametrized, _ = name.partition(".parametrizations.")
+    return owner if parametrized else name.rpartition(".")[0] or name
+
+
+def layer_names(
+    params: Sequence[Tensor], names: Sequence[str] | None, rule: LayerRule, first: int = 0
+) -> list[str]:
+    """Name the layer of each parameter.
+
+    Args:
+        params: The parameters of one group.
+        names: Their names, or None when the optimizer was given bare tensors.
+        rule: The optimizer's ``layers=``: a callable from parameter name to layer name, a mapping likewise, a
+            module (its own names are used), or None (names where there are any, else each tensor is a layer).
+        first: Number of parameters in earlier groups, to number nameless ones.
+
+    Returns:
+        One layer name for each parameter.
+
+    Raises:
+        TypeError: The rule is of another kind or does not give strings.
+        ValueError: The rule needs names that are not there, or leaves a parameter out.
+    """
+    if isinstance(rule, nn.Module):
+        known = {param: name for name, param in rule.named_parameters()}
+        if missing := [first + i for i, param in enumerate(params) if param not in known]:
+            raise ValueError(
+                f"layers={type(rule).__name__}(...): parameter {missing[0]} is not one of that module's; "
+                "pass the module whose parameters the optimizer gets"
+            )
+        names, rule = [known[param] for param in params], None
+    if rule is None:
+        return [module_of(name) for name in names] if names else [f"param{first + i}" for i in range(len(params))]
+    if not callable(rule) and not isinstance(rule, Mapping):
+        raise TypeError(f"layers= must be a callable, a mapping or a module, not {type(rule).__name__}")
+    if names is None:
+        raise ValueError("layers= works on names: pass model.named_parameters(), not model.parameters()")
+    if isinstance(rule, Mapping):
+        if left_out := [name for name in names if name not in rule]:
+            raise ValueError(f"layers= has no layer for parameter {left_out[0]!r}; every parameter needs one")
+        found = [rule[name] for name in names]
+    else:
+        found = [rule(name) for name in names]
+    for name, layer in zip(names, found, strict=True):
+        if not isinstance(layer, str):
+            raise TypeError(f"layers= gave {layer!r} for parameter {name!r}; a layer's name must be a string")
+    return found
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tensors of a bucket that take part in one pass, and how their numbers add up to layers.
+
+    Attributes:
+        indices: Positions in the bucket.
+        params: The tensors.
+        rows: Which rows of the bucket's table the S layers are: a slice or a LongTensor.
+        layer: For each tensor, its layer's position among the S.
+        index: LongTensor (S, most tensors a layer has), padded with len(params).
+        floor: (S,), the least norm a layer's weights count with (see RMS_FLOOR).
+    """
+
+    indices: tuple[int, ...]
+    params: list[Tensor]
+    rows: Any
+    layer: list[int]
+    index: Tensor
+    floor: Tensor
+
+    def per_layer(self, values: Tensor) -> Tensor:
+        """Sum numbers of tensors (N, ...) to numbers of layers (S, ...), always in the same order."""
+        return torch.cat([values, torch.zeros_like(values[:1])])[self.index].sum(1)
+
+    def per_tensor(self, values: Tensor) -> list[Tensor]:
+        """Hand each tensor its layer's number, in the dtype of its state: (S,) -> N tensors without dimension."""
+        numbers = values.unbind()
+        if values.dtype == torch.bool:
+            return [numbers[i] for i in self.layer]
+        return [numbers[i].to(state_dtype(param)) for i, param in zip(self.layer, self.params, strict=True)]
+
+
+@dataclass
+class Bucket:
+    """The layers of one parameter group on one device; a rate never spans two of them.
+
+    Attributes:
+        group: Index of the parameter group.
+        params: Its parameters on this device.
+        row: For each parameter, the row of its layer in `table`.
+        names: Layer names, one for each row.
+        table: (L, len(Column)), each layer's statistics: see rates.Column.
+    """
+
+    group: int
+    params: list[Tensor]
+    row: list[int]
+    names: list[str]
+    table: Tensor
+    _selections: dict[tuple[int, ...], Selection] = field(default_factory=dict)
+
+    def select(self, indices: Sequence[int]) -> Selection:
+        """The selection of these tensors (positions in `params`), made once for each pattern."""
+        key = tuple(indices)
+        if key not in self._selections:
+            if len(self._selections) >= 4 * len(self.names) + 64:  # patterns that never come back must not pile up
+                self._selections.clear()
+            self._selections[key] = self._make(key)
+        return self._selections[key]
+
+    def _make(self, indices: tuple[int, ...]) -> Selection:
+        rows = sorted({self.row[i] for i in indices})
+        position = {row: s for s, row in enumerate(rows)}
+        layer = [position[self.row[i]] for i in indices]
+        members: list[list[int]] = [[] for _ in rows]
+        for n, s in enumerate(layer):
+            members[s].append(n)
+        width = max(map(len, members))
+        device = self.table.device
+        index = torch.tensor([m + [len(indices)] * (width - len(m)) for m in members], device=device)
+        sizes = [sum(self.params[indices[n]].numel() for n in m) for m in members]
+        floor = RMS_FLOOR * torch.tensor(sizes, dtype=self.table.dtype, device=device).sqrt()
+        contiguous = rows == list(range(rows[0], rows[-1] + 1))
+        where = slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows, device=device)
+        return Selection(indices, [self.params[i] for i in indices], where, layer, index, floor)
+
+
+def make_buckets(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> list[Bucket]:
+    """Lay out every group's layers and bring back the statistics that `state` holds of them.
+
+    Args:
+        param_groups: The optimizer's groups, each with ``layer_names``.
+        state: The optimizer's state; ``state[p]["layer"]`` is p's layer's row, where it is there.
+
+    Returns:
+        The buckets, in the order of groups. ``state[p]["layer"]`` is made a view of the new table.
+
+    Raises:
+        ValueError: A layer's tensors are on two devices.
+    """
+    buckets = []
+    for number, group in enumerate(param_groups):
+        devices: dict[torch.device, list[int]] = {}
+        home: dict[str, torch.device] = {}
+        for i, (param, layer) in enumerate(zip(group["params"], group["layer_names"], strict=True)):
+            if home.setdefault(layer, param.device) != param.device:
+                raise ValueError(
+                    f"layer {layer!r} has tensors on {home[layer]} and on {param.device}; "
+                    "give them layers of their own through layers="
+                )
+            devices.setdefault(param.device, []).append(i)
+        for device, members in devices.items():
+            params = [group["params"][i] for i in members]
+            names = list(dict.fromkeys(group["layer_names"][i] for i in members))
+            row = [names.index(group["layer_names"][i]) for i in members]
+            double = any(param.dtype == torch.float64 for param in params)
+            dtype = torch.float64 if double else torch.float32
+            table = torch.zeros(len(names), len(Column), dtype=dtype, device=device)
+            for param, r in zip(params, row, strict=True):
+                if param in state and "layer" in state[param]:
+                    table[r] = state[param]["layer"]
+                    state[param]["layer"] = table[r]
+            buckets.append(Bucket(number, params, row, names, table))
+    return buckets

@@ -1,0 +1,331 @@
+"""The base class: what happens in `backward` and in `step`, in that order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from lwas_fast import backends, checkpoint, measure, options, rates
+from lwas_fast.curvature import ProbeVectors
+from lwas_fast.layers import Bucket, LayerRule, layer_names, make_buckets, state_dtype
+from lwas_fast.measure import Measured
+from lwas_fast.rates import Column
+from lwas_fast.update import Moving, step_selection
+
+
+class LayerwiseOptimizer(Optimizer):
+    """What `SGDLW` and `AdamWLW` share: layers, refreshes, guards and PyTorch's optimizer interface.
+
+    Every ``update_every`` steps the curvature of the loss along each layer's own descent direction is measured and
+    turned into that layer's rate; in between rates are held. All of this but ``curvature``, ``hvp``, ``seed`` and
+    ``layers`` can be set for each parameter group.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs, or group dictionaries.
+        own: The subclass's hyperparameters and their defaults.
+        layers: Which tensors share a rate: a callable from parameter name to layer name, a mapping likewise, or a
+            module. Default: parameters of one module (``conv1.weight``, ``conv1.bias``) where names are given, else
+            each tensor. A layer never spans two groups.
+        common: The keywords below.
+
+    Keyword Args:
+        update_every (int): Steps from one refresh to the next (the paper's T). Default 10.
+        curvature (str): ``"signs"`` (default; one product, unbiased), ``"joint"`` (one product, with cross terms),
+            ``"blocks"`` (exact, one product a layer).
+        probe (str): Direction measured: ``"gradient"`` (default; the one this gradient gives alone) or ``"update"``
+            (with momentum).
+        hvp (str): ``"autograd"`` (default) or ``"finite_difference"``. ``step(closure)`` uses the latter anyway.
+        rate_horizon (float): Steps over which rates are averaged; 0: no averaging. Default 100.
+        noise_exponent (float): Power of the share of signal in the gradient that scales rates; 0: off. Default 0.25.
+        max_growth (float): Most that a measured rate may exceed the present one, as a factor. Default 10.
+        warmup_steps (int): Steps without measurement, at ``warmup_rate``. Default 0.
+        warmup_rate (float): The rate in warm-up and of layers never measured.
+        ramp_steps (int): Steps after warm-up over which measured rates grow linearly to full.
+        cap (float): Most that a step may change a layer, as a share of its weights' norm.
+        damping (float): Added to the curvature, times the squared norm of the direction. Default 0.
+        negative_curvature (str): ``"abs"`` (default; its size is the scale) or ``"skip"`` (no refresh).
+        self_concordance (float): M of the closed form. Default 2.
+        maximize (bool): Ascend. Default False.
+        foreach (bool | None): False updates one layer at a time, with less temporary memory. Default: all at once.
+        fused (bool | None): True insists on a compiled update. Default: used where there is one.
+        seed (int): Of the signs that ``"signs"`` draws; equal on all replicas of a distributed run. Default 0.
+
+    Raises:
+        TypeError: An unknown keyword, or a parameter that is no tensor.
+        ValueError: A hyperparameter out of range; a sparse or complex parameter; an impossible ``layers=``.
+    """
+
+    _buffers: tuple[str, ...]  # names of the state tensors shaped like the parameter
+    _decoupled: bool  # whether weight decay acts on the weights rather than through the gradient
+
+    def __init__(self, params: ParamsT, own: dict[str, Any], layers: LayerRule, common: options.Common):
+        if unknown := set(common) - set(options.DEFAULTS):
+            raise TypeError(f"{type(self).__name__} has no keyword {sorted(unknown)[0]!r}")
+        chosen: dict[str, Any] = {**own, **options.DEFAULTS, **common}
+        options.check(chosen)
+        self._whole = {name: chosen.pop(name) for name in options.WHOLE}
+        self._layer_rule = layers
+        self._reset()
+        super().__init__(params, chosen)
+
+    def _reset(self) -> None:
+        self._layout: list[Bucket] | None = None
+        self._warned = False
+        self._loading: dict[str, Any] | None = None
+        self._close_window()
+
+    def _close_window(self) -> None:
+        self._micro_batches = 0
+        self._complete = False
+        self._measured: Measured | None = None
+
+    # ---- layers -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, also in mid-training; its first refresh comes with the next `backward`.
+
+        Args:
+            param_group: ``{"params": ..., option: value, ...}``; ``"layers"`` overrides the optimizer's.
+
+        Raises:
+            TypeError: No dictionary, or a parameter that is no tensor.
+            ValueError: See the class.
+        """
+        group = checkpoint.prepare_group(param_group, len(self.param_groups))
+        where = f" in parameter group {len(self.param_groups)}"
+        for name in options.WHOLE:
+            if name in group:
+                raise ValueError(f"{name}={group[name]!r}{where}: it holds for the whole optimizer; pass it there")
+        options.check({**self.defaults, **group}, where)
+        backends.check_fused({**self.defaults, **group})
+        rule = group.pop("layers", self._layer_rule)
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        names = [entry[0] for entry in group["params"] if isinstance(entry, tuple)] or group.get("param_names")
+        found = layer_names(tensors, names, rule, sum(len(g["params"]) for g in self.param_groups))
+        taken = {name for g in self.param_groups for name in g["layer_names"]}
+        if clash := [name for name in found if name in taken]:
+            if rule is not None and not isinstance(rule, torch.nn.Module):
+                raise ValueError(f"layer {clash[0]!r} spans two parameter groups; name it apart in layers=")
+            # Weights and biases in groups of their own (no decay on biases, say) are a common idiom: a layer a group.
+            found = [f"{name}@{len(self.param_groups)}" if name in taken else name for name in found]
+        group["layer_names"] = found
+        group["steps"] = 0
+        group["next_refresh"] = group.get("warmup_steps", self.defaults["warmup_steps"])
+        super().add_param_group(group)
+        self._layout = None
+        self._measured = None
+
+    @property
+    def _buckets(self) -> list[Bucket]:
+        if self._layout is None:  # late: a model may move to its device after the optimizer was made
+            self._layout = make_buckets(self.param_groups, self.state)
+        return self._layout
+
+    def _due(self, group: dict[str, Any]) -> bool:
+        return group["steps"] >= group["next_refresh"] and any(p.requires_grad for p in group["params"])
+
+    @property
+    def curvature_due(self) -> bool:
+        """Whether the next `backward` or `step(closure)` measures the curvature."""
+        return any(map(self._due, self.param_groups))
+
+    def rates(self) -> dict[str, float]:
+        """Each layer's present rate, before `lr`, ramp and cap (`diagnostics` tells what was applied).
+
+        Reads from the device, and so waits for it.
+        """
+        found = {}
+        for bucket in self._buckets:
+            now = rates.current(bucket.table, self.param_groups[bucket.group]["warmup_rate"])
+            found.update(zip(bucket.names, now.tolist(), strict=True))
+        return found
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """What the last measurement and step found, and how often each guard acted.
+
+        Returns:
+            For each layer: ``rate``; ``applied`` (rate after lr, ramp and cap in the last step); ``descent`` and
+            ``curvature`` of the last measurement; and counts: ``refreshes``, ``negative``, ``nonfinite``,
+            ``no_descent`` and ``growth`` of refreshes, ``capped`` and ``skipped`` of steps. Waits for the device.
+        """
+        shown = [column for column in Column if column >= Column.DESCENT]
+        now = self.rates()
+        found = {}
+        for bucket in self._buckets:
+            for name, row in zip(bucket.names, bucket.table.tolist(), strict=True):
+                found[name] = {"rate": now[name]} | {column.name.lower(): row[column] for column in shown}
+                found[name] |= {c.name.lower(): int(row[c]) for c in shown if c >= Column.REFRESHES}
+        return found
+
+    # ---- backward -----------------------------------------------------------------------------------------------
+
+    def backward(
+        self, loss: Tensor | Callable[[], Tensor], *, last: bool = True, scaler: Any = None
+    ) -> Tensor:
+        """``loss.backward()``, and the curvature pass when one is due.
+
+        Gradient accumulation: pass ``last=False`` for every micro-batch but the last. The refresh happens on the last
+        micro-batch, on its own gradient and curvature, taken times the number of micro-batches (the window's loss is
+        about that many times the last one's, whether it was divided by it or not). Gradients may be clipped or
+        unscaled between `backward` and `step`; rates are measured before that, so clipping shortens the step as it
+        does with any optimizer.
+
+        Args:
+            loss: A scalar with its graph; or a callable that returns it, which ``hvp="finite_difference"`` needs
+                because it evaluates the loss twice.
+            last: Whether `step` comes next.
+            scaler: A ``torch.amp.GradScaler``; the loss is scaled by it here (do not scale it yourself).
+
+        Returns:
+            The loss, without its graph.
+
+        Raises:
+            TypeError: `loss` is no tensor, or no callable where one is needed.
+            ValueError: `loss` is no scalar or has no graph.
+            CurvatureError: The curvature cannot be had; names the operation and the way out.
+            RuntimeError: `backward` was called twice without `step` or `zero_grad`.
+        """
+        if self._complete and any(p.grad is not None for g in self.param_groups for p in g["params"]):
+            raise RuntimeError(
+                "opt.backward() was called twice without opt.step() or opt.zero_grad() between. To accumulate "
+                "gradients, pass last=False for every micro-batch but the last; to add losses, call it on their sum."
+            )
+        if self._complete:  # gradients were dropped behind our back (model.zero_grad(), GradScaler): a new window
+            self._close_window()
+        value = measure.backward(self, loss, last and self.curvature_due, scaler)
+        self._micro_batches += 1
+        self._complete = last
+        return value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, as in torch, and whatever `backward` measured on them."""
+        self._close_window()
+        super().zero_grad(set_to_none)
+
+    # ---- step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Take a measurement into the rates, if there is one, and update the parameters.
+
+        Args:
+            closure: Clears the gradients, evaluates the loss, calls backward and returns the loss. When a refresh is
+                due it is called a second time at displaced parameters (finite differences); it must use the same
+                batch both times.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            TypeError: The closure returned no tensor, or a gradient is sparse. Nothing has been updated.
+        """
+        value = None if closure is None else measure.run_closure(self, closure)
+        checkpoint.check_gradients(self.param_groups)
+        if self._measured is not None:
+            for bucket, selection, sums in self._measured.sums:
+                rows = bucket.table[selection.rows]
+                bucket.table[selection.rows] = rates.refresh(rows, sums, self.param_groups[bucket.group])
+            for number in self._measured.groups:
+                group = self.param_groups[number]
+                group["next_refresh"] = group["steps"] + group["update_every"]
+        else:
+            self._warn_if_overdue()
+        moved = set()
+        for bucket in self._buckets:
+            if self._update(bucket, self.param_groups[bucket.group]):
+                moved.add(bucket.group)
+        for number in moved:
+            self.param_groups[number]["steps"] += 1
+        self._close_window()
+        return value
+
+    def _update(self, bucket: Bucket, group: dict[str, Any]) -> bool:
+        present = [i for i, p in enumerate(bucket.params) if p.grad is not None]
+        for i in present:
+            self.state[bucket.params[i]] = self._state_of(bucket, i)
+        if backends.update_implementation(group) == "single":
+            parts = [[i for i in present if bucket.row[i] == row] for row in sorted({bucket.row[i] for i in present})]
+        else:
+            parts = [present] if present else []
+        for part in parts:
+            selection = bucket.select(part)
+            states = [self.state[p] for p in selection.params]
+            step_selection(bucket, selection, group, states, self._advance, self._decoupled)
+        return bool(present)
+
+    def _state_of(self, bucket: Bucket, i: int) -> dict[str, Any]:
+        """The state of a bucket's i-th parameter; zeros, not yet entered in `state`, before its first step."""
+        param = bucket.params[i]
+        if state := self.state.get(param):
+            return state  # type: ignore[no-any-return]
+        zeros = {
+            name: torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+            for name in self._buffers
+        }
+        step = torch.zeros((), dtype=torch.float32, device=param.device)
+        # A view of the table: a layer's numbers travel with its parameters.
+        return {"step": step, **zeros, "layer": bucket.table[bucket.row[i]]}
+
+    def _warn_if_overdue(self) -> None:
+        late = [g for g in self.param_groups if self._due(g) and g["steps"] >= g["next_refresh"] + g["update_every"]]
+        if late and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__} has taken {late[0]['steps'] - late[0]['next_refresh']} steps since a refresh of "
+                "its rates was due. Call opt.backward(loss) instead of loss.backward(), or opt.step(closure).",
+                stacklevel=3,
+            )
+
+    # ---- the optimizers' own formulae ---------------------------------------------------------------------------
+
+    def _probe(
+        self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor
+    ) -> ProbeVectors:
+        """Give the vectors to measure along, changing nothing."""
+        raise NotImplementedError
+
+    def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
+        """Update the states in place and return the directions to step along."""
+        raise NotImplementedError
+
+    # ---- saving and restoring -----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy keep; a ``layers=`` rule has done its work and may not be picklable."""
+        return {**super().__getstate__(), "_whole": self._whole, "_layer_rule": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from pickle, deepcopy or `load_state_dict`; options that an old state lacks get their defaults."""
+        loading = self.__dict__.get("_loading")
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        if loading is not None:
+            checkpoint.fit_state(self.param_groups, self.state, loading)
+        self._reset()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, onto any device and parameter dtype, state kept in its own precision.
+
+        Args:
+            state_dict: From an optimizer of this class with the same groups and layers.
+
+        Raises:
+            ValueError: It does not fit; names the parameter or layer. Nothing has been changed.
+        """
+
+        def check(_: Optimizer, loaded: dict[str, Any]) -> None:
+            self._loading = checkpoint.checked(self, loaded)
+
+        handle = self.register_load_state_dict_pre_hook(check)  # last of the hooks: sees what will be loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None

@@ -1,0 +1,220 @@
+"""The method itself, in float64, plain and slow: the oracle that the rest of the package is tested against.
+
+After Bahamou & Goldfarb, arXiv 2305.13664 (its published summary). Of a layer λ = 1..L: W weights, g
+gradient, m, v moments, H_λλ block of the Hessian, n updates with this one; k steps before; γ weight decay.
+
+    ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ + γ‖d‖²    t = ρ / (δ (δ + (M/2) ρ)),  M = 2
+    F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d
+
+Refresh, when k ≥ warmup_steps and T = update_every divides k − warmup_steps, on the raw gradient, before any
+state changes (SGD: g ← g + γW, D = 1):
+
+    m⁺ = β₁m + (1−β₁)g     m̂ = m⁺/(1−β₁ⁿ)     m̂⁻ = m/(1−β₁ⁿ⁻¹), which exists from n = 2 on
+    v⁺ = β₂v + (1−β₂)g²    v̂ = v⁺/(1−β₂ⁿ)     D = 1/(√v̂ + ε)
+    d  = −Dg (probe "gradient") or −Dm̂ ("update")
+    c  = z_λ⟨d_λ, (Hv)_λ⟩, v = (z_μ d_μ)_μ (signs), ⟨d_λ, (Hd)_λ⟩ (joint) or ⟨d_λ, H_λλ d_λ⟩ (blocks)
+    ρ  = −⟨g, d⟩           q = ‖d‖²           s = −⟨d, m̂⁻⟩    δ² = |c| + (γ + damping) q
+    S ← βS + (1−β)s        R ← βR + (1−β)ρ    β = exp(−T/rate_horizon), 0 for a horizon of 0
+    α = clip(S/R, 10⁻³, 1) t ← min(t α^noise_exponent, max_growth · rate)
+    E ← βE + (1−β)t        w ← βw + (1−β)     rate = E/w      (S, R, E, w start at 0, rate at warmup_rate)
+
+Every step, with the gradient as it then stands (clipped, accumulated):
+
+    m ← m⁺, v ← v⁺, d = −Dm̂    a = cap · max(‖W‖, 0.01√N)/‖d‖    (AdamW, γ > 0: at most cap/γ)
+    r = min(rate, a) · lr · min(1, (k − warmup_steps + 1)/ramp_steps)    (warm-up: min(warmup_rate, a) · lr)
+    W ← W + rd (SGD)    W ← (1 − rγ)W + rd (AdamW)
+
+NaN, Inf, ρ ≤ 0 (and c ≤ 0 under "skip") leave a layer's statistics alone, a gradient that is not finite the
+whole layer. From the summary: ρ, δ², t, its bound, T, γ, warm-up, EMA. Ours: all else, from probes to guards.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[list[Tensor]], Tensor]
+Signs = Sequence[float] | None
+EVENTS = ("negative", "nonfinite", "nondescent", "growth", "capped", "skipped", "refreshes")
+
+
+def closed_form(rho: Any, delta2: Any, M: float = 2.0) -> Any:
+    """Step size ρ / (δ (δ + (M/2) ρ)), for floats (δ² > 0) or tensors of one shape (there 1/0 is Inf)."""
+    return rho / (delta2**0.5 * (delta2**0.5 + (M / 2) * rho))
+
+
+def omega(z: Any) -> Any:
+    """Return z − ln(1 + z), for a float z > −1 or a tensor of any shape."""
+    return z - (torch.log1p(z) if isinstance(z, Tensor) else math.log1p(z))
+
+
+def decrease_bound(rho: Any, delta2: Any, M: float = 2.0) -> Any:
+    """What that step gains at least if F is M-self-concordant (M > 0): (4/M²) ω((M/2) ρ/δ)."""
+    return (4 / M**2) * omega((M / 2) * rho / delta2**0.5)
+
+
+def curvature(H: Tensor, d: Tensor, layers: Sequence[slice], estimator: str, z: Signs = None) -> Tensor:
+    """Each layer's curvature c along d, before |·|, weight decay and damping: a tensor (L,).
+
+    Args:
+        H: (n, n) Hessian of the loss without weight decay.
+        d: (n,) the directions of the L layers, one after another; same dtype.
+        layers: Where in d each layer lies.
+        estimator: "blocks" (exact), "signs" (unbiased for blocks) or "joint" (with the terms between layers).
+        z: One +1 or −1 per layer, for "signs" only, where not to have it is a ValueError.
+    """
+    if estimator == "blocks":
+        return torch.stack([d[i] @ H[i, i] @ d[i] for i in layers])
+    z = [1.0] * len(layers) if estimator == "joint" else z
+    if estimator not in ("signs", "joint") or z is None or len(z) != len(layers):
+        raise ValueError(f"need 'blocks', 'joint', or 'signs' and a z per layer, not {estimator!r}, z={z}")
+    Hv = H @ torch.cat([s * d[i] for s, i in zip(z, layers, strict=True)])
+    return torch.stack([s * (d[i] @ Hv[i]) for s, i in zip(z, layers, strict=True)])
+
+
+@dataclasses.dataclass
+class Hyper:
+    """Hyperparameters of all layers. They may be changed between steps: `ref.hyper.lr = 0.5`."""
+
+    lr: float = 1.0
+    momentum: float = 0.9  # SGD only
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW only
+    eps: float = 1e-8  # AdamW only
+    weight_decay: float = 0.0
+    update_every: int = 10
+    curvature: str = "signs"
+    probe: str = "gradient"
+    rate_horizon: float = 100.0
+    noise_exponent: float = 0.25
+    cap: float = 0.03
+    max_growth: float = 10.0
+    warmup_steps: int = 0
+    warmup_rate: float = 1e-2
+    ramp_steps: int = 50
+    damping: float = 0.0
+    negative_curvature: str = "abs"
+    self_concordance: float = 2.0
+    maximize: bool = False
+
+
+class Reference:
+    """What the two methods share.
+
+    Args:
+        W: One (N,) tensor per layer; copied, in float64.
+        **hyper: The fields of `Hyper` that differ from the defaults; TypeError for one that does not exist.
+
+    Attributes:
+        W: The layers, (N,) float64 tensors, replaced at every step.
+        applied: r of the last step per layer; 0 where the layer was left alone.
+        last: Per layer descent (ρ), curvature (c, raw) and q of the last usable refresh; NaN before it.
+        events: Per layer, how often each of `EVENTS` happened.
+    """
+
+    adam: ClassVar[bool]  # which of two formulas of the docstring above holds
+    defaults: ClassVar[Hyper]
+
+    def __init__(self, W: Sequence[Tensor], **hyper: Any) -> None:
+        self.hyper = dataclasses.replace(self.defaults, **hyper)
+        self.W = [w.detach().to(torch.float64, copy=True) for w in W]
+        self.m, self.v = ([torch.zeros_like(w) for w in self.W] for _ in range(2))
+        self.S, self.R, self.E, self.w, self.applied = ([0.0] * len(W) for _ in range(5))
+        self.k, self.n = 0, [0] * len(W)  # steps and updates done so far
+        self.last = [dict.fromkeys(("descent", "curvature", "q"), math.nan) for _ in W]
+        self.events = [dict.fromkeys(EVENTS, 0) for _ in W]
+
+    @property
+    def rate(self) -> list[float]:
+        """The rate of each layer, before cap, lr and ramp."""
+        return [E / w if w > 0 else self.hyper.warmup_rate for E, w in zip(self.E, self.w, strict=True)]
+
+    def step(self, loss: Loss, z: Signs = None, gradient: Sequence[Tensor] | None = None) -> None:
+        """Refresh if that is due, then update.
+
+        Args:
+            loss: Scalar, twice differentiable function of the list of layers (of each), without weight decay.
+            z: One +1 or −1 per layer, for a refresh with "signs".
+            gradient: Stands for the gradient in the update, not in the refresh: what clipping made of it.
+        """
+        h, sign, sizes = self.hyper, -1 if self.hyper.maximize else 1, [w.numel() for w in self.W]
+        l2 = 0.0 if self.adam else h.weight_decay
+        W = [w.clone().requires_grad_() for w in self.W]
+        g = [g_i + l2 * w for g_i, w in zip(torch.autograd.grad(sign * loss(W), W), self.W, strict=True)]
+        if self.k >= h.warmup_steps and (self.k - h.warmup_steps) % h.update_every == 0:
+            H = torch.func.hessian(lambda x: sign * loss(list(x.split(sizes))))(torch.cat(self.W))
+            self._refresh(g, H, z)
+        if gradient is not None:
+            g = [sign * g_i + l2 * w for g_i, w in zip(gradient, self.W, strict=True)]
+        for i, g_i in enumerate(g):
+            self._update(i, g_i)
+        self.k += 1
+
+    def _moments(self, i: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        h, n = self.hyper, self.n[i] + 1
+        beta1, beta2 = h.betas if self.adam else (h.momentum, 0.0)
+        m, v = beta1 * self.m[i] + (1 - beta1) * g, beta2 * self.v[i] + (1 - beta2) * g**2
+        D = 1 / ((v / (1 - beta2**n)).sqrt() + h.eps) if self.adam else torch.ones_like(g)
+        return m, v, m / (1 - beta1**n), D  # m⁺, v⁺, m̂, D
+
+    def _refresh(self, g: list[Tensor], H: Tensor, z: Signs) -> None:
+        h, d, layers, start = self.hyper, [], [], 0
+        for i, g_i in enumerate(g):
+            _, _, m_hat, D = self._moments(i, g_i)
+            d.append(-D * {"gradient": g_i, "update": m_hat}[h.probe])
+            layers.append(slice(start, start := start + g_i.numel()))
+        beta = math.exp(-h.update_every / h.rate_horizon) if h.rate_horizon > 0 else 0.0
+        for i, c in enumerate(curvature(H, torch.cat(d), layers, h.curvature, z)):
+            count, rho, q = self.events[i], -g[i] @ d[i], d[i] @ d[i]
+            delta2 = c.abs() + (h.weight_decay + h.damping) * q
+            t = closed_form(rho, delta2, h.self_concordance).item()
+            count["negative"] += int(c < 0)
+            if h.negative_curvature == "skip" and c <= 0:
+                continue
+            finite = rho.isfinite() and delta2.isfinite() and (math.isfinite(t) or rho <= 0)
+            if not finite or rho <= 0:
+                count["nondescent" if finite else "nonfinite"] += 1
+                continue
+            self.last[i] = {"descent": rho.item(), "curvature": c.item(), "q": q.item()}
+            if self.n[i] > 0:  # m̂⁻ exists
+                s = -(d[i] @ self.m[i]).item() / (1 - (h.betas[0] if self.adam else h.momentum) ** self.n[i])
+                if math.isfinite(s):
+                    self.S[i] = beta * self.S[i] + (1 - beta) * s
+                    self.R[i] = beta * self.R[i] + (1 - beta) * rho.item()
+            if self.R[i] > 0:
+                t *= min(max(self.S[i] / self.R[i], 1e-3), 1.0) ** h.noise_exponent
+            limit = h.max_growth * self.rate[i] if count["refreshes"] > 0 else math.inf
+            count["growth"] += int(t > limit)
+            self.E[i] = beta * self.E[i] + (1 - beta) * min(t, limit)
+            self.w[i] = beta * self.w[i] + (1 - beta)
+            count["refreshes"] += 1
+
+    def _update(self, i: int, g: Tensor) -> None:
+        h, W, self.applied[i] = self.hyper, self.W[i], 0.0
+        if not (g @ g).isfinite():
+            self.events[i]["skipped"] += 1
+            return
+        self.m[i], self.v[i], m_hat, D = self._moments(i, g)
+        self.n[i] += 1
+        d, since, decay = -D * m_hat, self.k - h.warmup_steps, h.weight_decay if self.adam else 0.0
+        rate = self.rate[i] if since >= 0 else h.warmup_rate
+        ramp = min(1.0, (since + 1) / h.ramp_steps) if since >= 0 and h.ramp_steps > 0 else 1.0
+        a = (h.cap * W.norm().clamp(min=0.01 * math.sqrt(W.numel())) / d.norm()).item()  # Inf where d = 0
+        a = min(a, h.cap / decay) if decay > 0 else a  # decaying by more than `cap` is a runaway as well
+        self.events[i]["capped"] += int(rate > a)
+        r = self.applied[i] = min(rate, a) * h.lr * ramp
+        self.W[i] = (1 - r * decay) * W + r * d
+
+
+class ReferenceSGDLW(Reference):
+    """SGD-m-LW: momentum as an average, L2 weight decay."""
+
+    adam, defaults = False, Hyper()
+
+
+class ReferenceAdamWLW(Reference):
+    """AdamW-LW: Adam's direction, decoupled weight decay."""
+
+    adam, defaults = True, Hyper(weight_decay=0.01, cap=0.1, warmup_rate=1e-3, ramp_steps=0)

@@ -1,0 +1,83 @@
+"""SGD with momentum and layer-wise adaptive step sizes (SGD-m-LW)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from lwas_fast.curvature import ProbeVectors
+from lwas_fast.layers import LayerRule
+from lwas_fast.optimizer import LayerwiseOptimizer
+from lwas_fast.options import Common
+from lwas_fast.update import Moving, bias_correction
+
+
+class SGDLW(LayerwiseOptimizer):
+    r"""SGD with momentum whose step size is measured, layer by layer, instead of given.
+
+    With g the gradient plus ``weight_decay`` times the weights (L2):
+
+    .. math::
+        m \leftarrow \beta m + (1 - \beta) g, \qquad d = -\hat m, \qquad W \leftarrow W + r\, d
+
+    where :math:`\hat m` is bias-corrected and r is the layer's rate, bounded by ``cap``. Momentum is an average, so a
+    gradient moves the weights by r times itself in total, and the rate measured on it fits.
+
+    Source: Bahamou & Goldfarb, arXiv 2305.13664 (SGD-m-LW); ramp, cap, growth limit and noise factor are ours.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs (best: they make the layers), or group dictionaries.
+        lr: Dimensionless multiplier of every rate, for schedulers; 1 means the measured rate.
+        momentum: Decay of the gradient's average, in [0, 1).
+        weight_decay: L2 coefficient; it enters the measured curvature too.
+        ramp_steps: Measured rates grow linearly from 0 to full over this many steps.
+        cap: Most that a step may change a layer, as a share of its weights' norm.
+        **common: See :class:`lwas_fast.optimizer.LayerwiseOptimizer`.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, or a parameter cannot be optimized.
+    """
+
+    _buffers = ("momentum_buffer",)
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        ramp_steps: int = 50,
+        cap: float = 0.03,
+        warmup_rate: float = 1e-2,
+        layers: LayerRule = None,
+        **common: Unpack[Common],
+    ):
+        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        own |= {"ramp_steps": ramp_steps, "cap": cap, "warmup_rate": warmup_rate}
+        super().__init__(params, own, layers, common)
+
+    def _probe(
+        self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor
+    ) -> ProbeVectors:
+        gradient = gradient.add(weight, alpha=group["weight_decay"])
+        beta = group["momentum"]
+        old, steps = state["momentum_buffer"], state["step"].to(gradient.dtype)
+        momentum = old / bias_correction(steps, beta, empty=torch.nan)
+        if group["probe"] == "gradient":
+            return ProbeVectors(gradient, -gradient, momentum)
+        return ProbeVectors(gradient, old.lerp(gradient, 1 - beta) / -bias_correction(steps + 1, beta), momentum)
+
+    def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
+        beta, decay = group["momentum"], group["weight_decay"]
+        momenta = [state["momentum_buffer"] for state in states]
+        if decay != 0:
+            torch._foreach_add_(moving.gradients, moving.weights, alpha=decay)
+        torch._foreach_lerp_(momenta, moving.gradients, moving.share(1 - beta))
+        correction = bias_correction(moving.count(states), beta)
+        return list(torch._foreach_div(momenta, moving.each(-correction)))

@@ -1,0 +1,118 @@
+"""The tables that the generic tests run over: optimizers and their options, small problems, helpers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lwas_fast import AdamWLW, SGDLW
+from lwas_fast.reference import ReferenceAdamWLW, ReferenceSGDLW
+
+OPTIMIZERS = {"sgd": SGDLW, "adamw": AdamWLW}
+REFERENCES = {"sgd": ReferenceSGDLW, "adamw": ReferenceAdamWLW}
+
+# Options under which behaviour must agree: with the reference, between implementations, before and after saving.
+# Every option has a row in which it acts.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "every_step": {"update_every": 1},
+    "joint": {"curvature": "joint", "update_every": 3},
+    "blocks": {"curvature": "blocks", "update_every": 3},
+    "update_probe": {"probe": "update", "update_every": 2},
+    "no_average": {"rate_horizon": 0.0, "update_every": 2},
+    "no_noise_factor": {"noise_exponent": 0.0, "update_every": 2},
+    "heavy_noise_factor": {"noise_exponent": 1.0, "update_every": 2},
+    "weight_decay": {"weight_decay": 0.3, "update_every": 2},
+    "damping": {"damping": 0.7, "update_every": 2},
+    "warmup": {"warmup_steps": 5, "warmup_rate": 0.02, "update_every": 4},
+    "ramp": {"ramp_steps": 12, "update_every": 4},
+    "warmup_and_ramp": {"warmup_steps": 3, "ramp_steps": 6, "update_every": 3},
+    "tight_cap": {"cap": 0.005, "update_every": 2},
+    "no_cap": {"cap": math.inf, "update_every": 2, "ramp_steps": 0},
+    "slow_growth": {"max_growth": 1.05, "update_every": 1},
+    "skip_negative": {"negative_curvature": "skip", "curvature": "blocks", "update_every": 1},
+    "quadratic_search": {"self_concordance": 0.0, "update_every": 2},
+    "third_derivative": {"self_concordance": 9.0, "update_every": 2},
+    "half_rate": {"lr": 0.5, "update_every": 2},
+    "maximize": {"maximize": True, "update_every": 2, "cap": 0.02},
+}
+OWN_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "sgd": {"no_momentum": {"momentum": 0.0, "update_every": 2}, "heavy_momentum": {"momentum": 0.99}},
+    "adamw": {
+        "betas": {"betas": (0.5, 0.8), "update_every": 2},
+        "no_betas": {"betas": (0.0, 0.0), "update_every": 2},
+        "large_eps": {"eps": 1e-1, "update_every": 2},
+    },
+}
+CASES = [(kind, name, kw) for kind in OPTIMIZERS for name, kw in {**OPTIONS, **OWN_OPTIONS[kind]}.items()]
+CASE_IDS = [f"{kind}-{name}" for kind, name, _ in CASES]
+
+
+def small_net(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """Three layers of odd sizes, smooth, with negative curvature here and there."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+
+
+def batches(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Noisy batches of a small classification task."""
+    made = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 16, 3, generator=made, dtype=torch.float64)
+    y = (x.sum(-1) + 0.5 * torch.randn(count, 16, generator=made, dtype=torch.float64) > 0).long()
+    return [(a.to(dtype), b) for a, b in zip(x, y, strict=True)]
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross entropy, computed in float32 at least."""
+    x, y = batch
+    out = model(x)
+    return F.cross_entropy(out if out.dtype == torch.float64 else out.float(), y)
+
+
+def layer_vectors(model: nn.Module) -> list[Tensor]:
+    """The layers (named modules with parameters) as flat float64 vectors."""
+    modules = [m for m in model.modules() if list(m.parameters(recurse=False))]
+    return [torch.cat([p.detach().double().flatten() for p in m.parameters(recurse=False)]) for m in modules]
+
+
+def loss_of_vectors(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[list[Tensor]], Tensor]:
+    """The same loss as a function of such vectors."""
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+
+    def loss(vectors: list[Tensor]) -> Tensor:
+        flat, start, params = torch.cat(list(vectors)), 0, {}
+        for name, shape in zip(names, shapes, strict=True):
+            params[name] = flat[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+        x, y = batch
+        return F.cross_entropy(torch.func.functional_call(model, params, (x.double(),)), y)
+
+    return loss
+
+
+def train(opt: torch.optim.Optimizer, model: nn.Module, data: list[tuple[Tensor, Tensor]], how: str = "autograd") -> list[float]:
+    """Train over the batches in one of the ways a user may write it; return the losses."""
+    losses = []
+    for batch in data:
+
+        def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
+            opt.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        if how == "closure":
+            loss = opt.step(closure)
+        else:
+            opt.zero_grad()
+            loss = loss_of(model, batch)
+            opt.backward(loss) if how == "autograd" else loss.backward()
+            opt.step()
+        losses.append(loss.item())
+    return losses

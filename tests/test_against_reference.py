@@ -1,0 +1,114 @@
+"""The optimizers against the float64 reference, over the table of options.
+
+Catches: any difference in formula, order of operations, sign, bias correction, guard or counter between the package
+and the definition of the method; a curvature pass that measures something else than the reference's dense Hessian.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASE_IDS, CASES, OPTIMIZERS, REFERENCES, batches, layer_vectors, loss_of, loss_of_vectors, small_net, train
+
+from lwas_fast.curvature import draw_signs
+
+STEPS = 20
+EVENTS = {"negative": "negative", "nonfinite": "nonfinite", "nondescent": "no_descent", "growth": "growth"}
+EVENTS |= {name: name for name in ("capped", "skipped", "refreshes")}
+
+
+def run_reference(kind, options, data):
+    model = small_net()
+    ref = REFERENCES[kind](layer_vectors(model), **options)
+    for k, batch in enumerate(data):
+        ref.step(loss_of_vectors(model, batch), z=draw_signs(0, k, len(ref.W)))
+    return ref
+
+
+@pytest.mark.parametrize(("kind", "name", "options"), CASES, ids=CASE_IDS)
+def test_float64_agrees_to_rounding(kind, name, options):
+    data = batches(STEPS)
+    model = small_net()
+    opt = OPTIMIZERS[kind](model.named_parameters(), **options)
+    train(opt, model, data)
+    ref = run_reference(kind, options, data)
+    for mine, theirs in zip(layer_vectors(model), ref.W, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(list(opt.rates().values()), ref.rate, rtol=1e-9, atol=0)
+    for shown, events, applied, last in zip(
+        opt.diagnostics().values(), ref.events, ref.applied, ref.last, strict=True
+    ):
+        assert {name: shown[mine] for name, mine in EVENTS.items()} == events
+        assert shown["applied"] == pytest.approx(applied, rel=1e-9)
+        if events["refreshes"]:
+            assert shown["descent"] == pytest.approx(last["descent"], rel=1e-9)
+            assert shown["curvature"] == pytest.approx(last["curvature"], rel=1e-8, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "name", "options"), CASES, ids=CASE_IDS)
+def test_float32_agrees_to_1e_6(kind, name, options):
+    data = batches(STEPS, torch.float32)
+    model = small_net(torch.float32)
+    train(OPTIMIZERS[kind](model.named_parameters(), **options), model, data)
+    # The reference starts from the same (float32) weights and sees the same (float32) data.
+    start = small_net(torch.float32).double()
+    ref = REFERENCES[kind](layer_vectors(start), **options)
+    for k, batch in enumerate(data):
+        ref.step(loss_of_vectors(start, batch), z=draw_signs(0, k, len(ref.W)))
+    # An SGD step with an untamed rate amplifies rounding; measured at most 3e-7 elsewhere.
+    for mine, theirs in zip(layer_vectors(model), ref.W, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("estimator", ["signs", "joint", "blocks"])
+def test_finite_differences_agree(kind, estimator):
+    data = batches(STEPS)
+    options = {"curvature": estimator, "update_every": 2}
+    model = small_net()
+    opt = OPTIMIZERS[kind](model.named_parameters(), **options)
+    train(opt, model, data, how="closure")
+    ref = run_reference(kind, options, data)
+    # Differences of gradients at 1e-6 of the weights' size: about 1e-6 relative in the curvature.
+    for mine, theirs in zip(layer_vectors(model), ref.W, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(list(opt.rates().values()), ref.rate, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_bf16_parameters_follow_the_reference(kind):
+    """One step from equal weights: state in float32, so only the parameters' own rounding differs."""
+    data = batches(1, torch.bfloat16)
+    model = small_net(torch.bfloat16)
+    before = layer_vectors(model)
+    opt = OPTIMIZERS[kind](model.named_parameters(), ramp_steps=0)
+    train(opt, model, data)
+    ref = REFERENCES[kind](before, ramp_steps=0)
+    start = small_net(torch.bfloat16).double()
+    ref.step(loss_of_vectors(start, data[0]), z=draw_signs(0, 0, len(ref.W)))
+    for old, mine, theirs in zip(before, layer_vectors(model), ref.W, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=4e-3, atol=4e-3 * old.abs().max().item())
+    for state in opt.state.values():
+        assert all(value.dtype == torch.float32 for value in state.values())
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_clipping_shortens_the_step_but_not_the_rate(kind):
+    data = batches(STEPS)
+    model = small_net()
+    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=2)
+    ref = REFERENCES[kind](layer_vectors(model), update_every=2)
+    for k, batch in enumerate(data):
+        opt.zero_grad()
+        loss = loss_of(model, batch)
+        vectors = [v.requires_grad_() for v in layer_vectors(model)]
+        raw = torch.autograd.grad(loss_of_vectors(model, batch)(vectors), vectors)
+        opt.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        factor = min(1.0, 0.05 / (torch.cat(raw).norm().item() + 1e-6))
+        ref.step(
+            loss_of_vectors(model, batch), z=draw_signs(0, k, len(ref.W)), gradient=[g * factor for g in raw]
+        )
+        opt.step()
+    for mine, theirs in zip(layer_vectors(model), ref.W, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)

@@ -1,0 +1,85 @@
+"""The demo as its users run it: in a process of its own, without a terminal, then its table and picture.
+
+Catches: a demo that only works where it was written, that hides an error behind a traceback, or that finds
+out after minutes of training that it cannot write its picture.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lwas_fast import demo
+
+ROOT = Path(__file__).parents[1]
+for needed in ("matplotlib", "rich", "sklearn"):
+    pytest.importorskip(needed)
+
+
+def run_demo(*args: object, code: str = "", folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the demo in a process of its own; `code` runs before it in that process."""
+    start = f"import sys; {code}; from lwas_fast.demo import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", start] if code else [sys.executable, "-m", "lwas_fast.demo"]
+    env = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT), "LWAS_FAST_DATA": str(ROOT / "nowhere")}
+    return subprocess.run(
+        [*command, *map(str, args)], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_quick_run_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:
+    out = tmp_path / "picture.png"
+    done = run_demo("--quick", "--data", "digits", "--threads", 1, "--out", out, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "digits, small CNN, 60 steps of 128 images, seed 0" in done.stdout
+    for name in demo.OPTIMIZERS:
+        number = r" +([\d.]+)"
+        row = re.search(rf"^ *{re.escape(name)}{number}%{number * 4} *$", done.stdout, re.M)
+        assert row, done.stdout
+        accuracy, test_loss, train_loss, *_ = map(float, row.groups())
+        assert 50 < accuracy <= 100 and 0 < test_loss < 2 and 0 < train_loss < 2  # chance: 10 % and 2.3
+    assert re.search(r"AdamWLW: step 60 of 60, loss [\d.]+, rates \de[-+]\d\d to \de[-+]\d\d", done.stdout)
+    picture = out.read_bytes()
+    assert picture.startswith(b"\x89PNG") and 20_000 < len(picture) < 1_000_000
+    assert int.from_bytes(picture[16:20], "big") > 1000  # its width in pixels
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--steps", "0"], "--steps: must be at least 1, not 0"),
+        (["--data", "cifar"], "--data: invalid choice: 'cifar'"),
+        (["--out", "nowhere/picture.png"], "there is no folder .*nowhere"),
+        (["--out", "picture.txt"], r"must end in \.png, \.svg or \.pdf"),
+        (["--path", "nowhere"], "error: .*no folder nowhere.*apt install"),
+        (["--data", "digits", "--path", "."], "error: .*take no path"),
+        (["--data", "digits", "--batch-size", "5000"], "error: --batch-size 5000, .* 1438 images"),
+    ],
+)
+def test_bad_arguments_end_at_once_with_one_message(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        demo.main(args)
+    assert caught.value.code not in (0, None)
+    assert re.search(message, f"{capsys.readouterr().err}{caught.value.code}", re.S)
+
+
+@pytest.mark.parametrize("module", ["rich", "matplotlib", "sklearn"])
+def test_missing_module_is_named_with_the_way_to_get_it(module: str) -> None:
+    done = run_demo("--quick", "--data", "digits", code=f"sys.modules[{module!r}] = None")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "pip install" in done.stderr and {"sklearn": "scikit-learn"}.get(module, module) in done.stderr
+
+
+def test_both_optimizers_see_every_image_once_a_pass() -> None:
+    batches = demo.make_batches(10, 3, steps=7, seed=0)
+    assert [len(batch) for batch in batches] == [3] * 7
+    for first in (0, 3):
+        assert len(set(torch.cat(batches[first : first + 3]).tolist())) == 9
+    assert not torch.equal(torch.cat(batches[:3]), torch.cat(batches[3:6]))

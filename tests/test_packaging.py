@@ -1,0 +1,88 @@
+"""What gets installed is whole: the kernels' folder behind its link, the marker of types, the version.
+
+Catches: a wheel without ``lwas_fast.triton_kernels`` (a package found through a link), an installed package
+that only imports inside the repository, or one that imports Triton without need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import lwas_fast
+
+ROOT = Path(__file__).parents[1]
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+
+
+def run(*command: object, **options: object) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built with this environment's own setuptools, from a copy: a build leaves its traces behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=unwanted)
+    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder / "source")
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {"lwas_fast/py.typed"}
+    expected |= {f"lwas_fast/{file.name}" for file in (ROOT / "lwas_fast").glob("*.py")}
+    expected |= {f"lwas_fast/triton_kernels/{file.name}" for file in (ROOT / "triton_kernels").glob("*.py")}
+    assert names == expected
+    assert "lwas_fast/triton_kernels/__init__.py" in names
+
+
+def test_installed_wheel_imports_away_from_the_repository(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    run(*PIP, "install", "--no-deps", "--no-index", "--target", site, wheel)
+    code = "import lwas_fast, lwas_fast.triton_kernels as k; print(lwas_fast.__file__, k.__file__, sep='\\n')"
+    done = run(sys.executable, "-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)})
+    assert [Path(line).is_relative_to(site) for line in done.split()] == [True, True]
+
+
+def test_version_is_the_same_everywhere(wheel: Path) -> None:
+    assert wheel.name.split("-")[1] == lwas_fast.__version__
+    with contextlib.suppress(metadata.PackageNotFoundError):  # run from a clone that was never installed
+        assert metadata.version("lwas_fast") == lwas_fast.__version__
+
+
+@pytest.mark.parametrize(
+    ("triton", "expected"),
+    [("None", "None"), ("types.SimpleNamespace(__version__='9.9')", "9.9")],
+    ids=["absent", "present"],
+)
+def test_triton_is_looked_for_only_when_asked(triton: str, expected: str) -> None:
+    code = f"""
+import sys, types
+import lwas_fast, lwas_fast.triton_kernels as kernels
+sys.modules["triton"] = {triton}  # only now: the import above did not need it
+print(kernels.triton_version())
+"""
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == expected
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import lwas_fast
+print(sorted(name for name in set(sys.modules) - before if name.split(".")[0] == "triton"))
+"""
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "[]"
