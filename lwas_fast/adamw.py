@@ -62,9 +62,7 @@ class AdamWLW(LayerwiseOptimizer):
         own |= {"ramp_steps": ramp_steps, "cap": cap, "warmup_rate": warmup_rate}
         super().__init__(params, own, layers, common)
 
-    def _probe(
-        self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor
-    ) -> ProbeVectors:
+    def _probe(self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor) -> ProbeVectors:
         beta1, beta2 = group["betas"]
         old, steps = state["exp_avg"], state["step"].to(gradient.dtype)
         second = state["exp_avg_sq"].lerp(gradient.square(), 1 - beta2) / bias_correction(steps + 1, beta2)

@@ -2,9 +2,9 @@ r"""The curvature of the loss along each layer's direction, from Hessian-vector 
 
 With d the probe direction, cut into layers, and H the Hessian:
 
-* ``"signs"``: one product Hv with v = (z_1 d_1, ..., z_L d_L), z = ±1 drawn anew; :math:`z_i \langle d_i, (Hv)_i\rangle`
-  is an unbiased estimate of the layer's own :math:`\langle d_i, H_{ii} d_i\rangle`, for the cross terms carry
-  :math:`z_i z_j`.
+* ``"signs"``: one product Hv with v = (z_1 d_1, ..., z_L d_L), z = ±1 drawn anew;
+  :math:`z_i \langle d_i, (Hv)_i\rangle` is an unbiased estimate of the layer's own
+  :math:`\langle d_i, H_{ii} d_i\rangle`, for the cross terms carry :math:`z_i z_j`.
 * ``"joint"``: one product on d; :math:`\langle d_i, (Hd)_i\rangle` contains the cross terms.
 * ``"blocks"``: one product a layer, exact.
 

@@ -96,8 +96,9 @@ def _displaced(params: Sequence[Tensor], displacements: Sequence[Tensor]) -> Ite
 
 def _lengths(probe: Probe, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Squared norms (S,) of the layers' weights, not below their floor, and of their directions."""
-    square = [w.detach().to(d.dtype).square().sum() for w, d in zip(probe.selection.params, probe.directions, strict=True)]
-    weights = probe.selection.per_layer(torch.stack([s.to(dtype) for s in square]))
+    pairs = zip(probe.selection.params, probe.directions, strict=True)
+    square = [w.detach().to(d.dtype).square().sum().to(dtype) for w, d in pairs]
+    weights = probe.selection.per_layer(torch.stack(square))
     along = [d.square().sum().to(dtype) for d in probe.directions]
     return weights.maximum(probe.selection.floor.square()), probe.selection.per_layer(torch.stack(along))
 
@@ -107,7 +108,7 @@ def _step_lengths(probes: Sequence[Probe], estimator: str) -> list[list[Tensor]]
     squares = [_lengths(probe, probe.bucket.table.dtype) for probe in probes]
     if estimator == "joint":  # the cross terms are part of what is measured: one eps for all layers
         device = squares[0][0].device
-        whole = [sum(s[k].sum().to(device) for s in squares) for k in (0, 1)]
+        whole = [torch.stack([s[k].sum().to(device) for s in squares]).sum() for k in (0, 1)]
         squares = [(whole[0].expand_as(w).to(w), whole[1].expand_as(d).to(d)) for w, d in squares]
     found = []
     for probe, (weights, along) in zip(probes, squares, strict=True):
@@ -157,8 +158,9 @@ def by_differences(
     for members in passes:
         moved = [probes[p].selection.params[i] for p, i in members]
         steps = [probes[p].vectors[i].direction * (eps[p][i] * factors[p][i]) for p, i in members]
-        with _gradients_kept(leaves, before), _displaced(moved, steps), _buffers_kept(), replay.again(), torch.enable_grad():
-            evaluate()
+        with _gradients_kept(leaves, before), _displaced(moved, steps), _buffers_kept(), replay.again():
+            with torch.enable_grad():
+                evaluate()
             for p, i in members:
                 products[p][i] = _difference(probes[p], i, before, eps[p][i], factors[p][i])
     for probe, part in zip(probes, products, strict=True):
@@ -168,7 +170,7 @@ def by_differences(
 @torch.no_grad()
 def _difference(probe: Probe, i: int, before: dict[Tensor, Tensor], eps: Tensor, factor: float) -> Tensor:
     param, direction = probe.selection.params[i], probe.vectors[i].direction
-    if param.grad is None or param not in before:  # the evaluations differ in more than the weights: no number is better
+    if param.grad is None or param not in before:  # the evaluations differ in more than the weights: no number
         return torch.full_like(direction, torch.nan)
     change = param.grad.to(direction.dtype) - before[param].to(direction.dtype)
     return torch.where(eps > 0, change * (probe.scale * factor) / eps, 0.0)

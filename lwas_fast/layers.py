@@ -33,9 +33,7 @@ def module_of(name: str) -> str:
     return owner if parametrized else name.rpartition(".")[0] or name
 
 
-def layer_names(
-    params: Sequence[Tensor], names: Sequence[str] | None, rule: LayerRule, first: int = 0
-) -> list[str]:
+def layer_names(params: Sequence[Tensor], names: Sequence[str] | None, rule: LayerRule, first: int = 0) -> list[str]:
     """Name the layer of each parameter.
 
     Args:
@@ -53,7 +51,7 @@ def layer_names(
         ValueError: The rule needs names that are not there, or leaves a parameter out.
     """
     if isinstance(rule, nn.Module):
-        known = {param: name for name, param in rule.named_parameters()}
+        known: dict[Tensor, str] = {param: name for name, param in rule.named_parameters()}
         if missing := [first + i for i, param in enumerate(params) if param not in known]:
             raise ValueError(
                 f"layers={type(rule).__name__}(...): parameter {missing[0]} is not one of that module's; "

@@ -37,9 +37,7 @@ def _scalar(loss: object, what: str) -> Tensor:
     return loss
 
 
-def backward(
-    opt: LayerwiseOptimizer, loss: Tensor | Callable[[], Tensor], due: bool, scaler: Any
-) -> Tensor:
+def backward(opt: LayerwiseOptimizer, loss: Tensor | Callable[[], Tensor], due: bool, scaler: Any) -> Tensor:
     """Do what `LayerwiseOptimizer.backward` says; `due` says whether to measure.
 
     Returns:
@@ -61,7 +59,7 @@ def backward(
 
     if not due:
         value, scaled = forward()
-        scaled.backward()
+        scaled.backward()  # type: ignore[no-untyped-call]
     elif differences:
         value = _differences_of(opt, forward, scaler)
     else:
@@ -153,15 +151,13 @@ def _by_differences(
     return _result(opt, probes, [s.detach() for s in sums])
 
 
-def _differences_of(
-    opt: LayerwiseOptimizer, forward: Callable[[], tuple[Tensor, Tensor]], scaler: Any
-) -> Tensor:
+def _differences_of(opt: LayerwiseOptimizer, forward: Callable[[], tuple[Tensor, Tensor]], scaler: Any) -> Tensor:
     params = [p for group in opt.param_groups for p in group["params"]]
     replay = Replay(params)
 
     def evaluate() -> Tensor:
         value, scaled = forward()
-        scaled.backward()
+        scaled.backward()  # type: ignore[no-untyped-call]
         return value
 
     earlier = [p.grad for p in params]

@@ -139,7 +139,7 @@ class LayerwiseOptimizer(Optimizer):
 
         Reads from the device, and so waits for it.
         """
-        found = {}
+        found: dict[str, float] = {}
         for bucket in self._buckets:
             now = rates.current(bucket.table, self.param_groups[bucket.group]["warmup_rate"])
             found.update(zip(bucket.names, now.tolist(), strict=True))
@@ -155,7 +155,7 @@ class LayerwiseOptimizer(Optimizer):
         """
         shown = [column for column in Column if column >= Column.DESCENT]
         now = self.rates()
-        found = {}
+        found: dict[str, dict[str, float]] = {}
         for bucket in self._buckets:
             for name, row in zip(bucket.names, bucket.table.tolist(), strict=True):
                 found[name] = {"rate": now[name]} | {column.name.lower(): row[column] for column in shown}
@@ -164,9 +164,7 @@ class LayerwiseOptimizer(Optimizer):
 
     # ---- backward -----------------------------------------------------------------------------------------------
 
-    def backward(
-        self, loss: Tensor | Callable[[], Tensor], *, last: bool = True, scaler: Any = None
-    ) -> Tensor:
+    def backward(self, loss: Tensor | Callable[[], Tensor], *, last: bool = True, scaler: Any = None) -> Tensor:
         """``loss.backward()``, and the curvature pass when one is due.
 
         Gradient accumulation: pass ``last=False`` for every micro-batch but the last. The refresh happens on the last
@@ -276,16 +274,15 @@ class LayerwiseOptimizer(Optimizer):
         if late and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{type(self).__name__} has taken {late[0]['steps'] - late[0]['next_refresh']} steps since a refresh of "
-                "its rates was due. Call opt.backward(loss) instead of loss.backward(), or opt.step(closure).",
+                f"{type(self).__name__} has taken {late[0]['steps'] - late[0]['next_refresh']} steps since a "
+                "refresh of its rates was due. Call opt.backward(loss) instead of loss.backward(), or "
+                "opt.step(closure).",
                 stacklevel=3,
             )
 
     # ---- the optimizers' own formulae ---------------------------------------------------------------------------
 
-    def _probe(
-        self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor
-    ) -> ProbeVectors:
+    def _probe(self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor) -> ProbeVectors:
         """Give the vectors to measure along, changing nothing."""
         raise NotImplementedError
 

@@ -59,7 +59,7 @@ def _number(low: float, high: float = math.inf, *, open_low: bool = False, open_
             return False
         above = value > low if open_low else value >= low
         below = value < high if open_high else value <= high
-        return above and below
+        return bool(above and below)
 
     bounds = f"{'greater than' if open_low else 'at least'} {low:g}"
     if high < math.inf:

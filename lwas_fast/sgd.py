@@ -62,9 +62,7 @@ class SGDLW(LayerwiseOptimizer):
         own |= {"ramp_steps": ramp_steps, "cap": cap, "warmup_rate": warmup_rate}
         super().__init__(params, own, layers, common)
 
-    def _probe(
-        self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor
-    ) -> ProbeVectors:
+    def _probe(self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor) -> ProbeVectors:
         gradient = gradient.add(weight, alpha=group["weight_decay"])
         beta = group["momentum"]
         old, steps = state["momentum_buffer"], state["step"].to(gradient.dtype)

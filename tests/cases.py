@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lwas_fast import AdamWLW, SGDLW
+from lwas_fast import SGDLW, AdamWLW
 from lwas_fast.reference import ReferenceAdamWLW, ReferenceSGDLW
 
 OPTIMIZERS = {"sgd": SGDLW, "adamw": AdamWLW}
@@ -96,7 +96,9 @@ def loss_of_vectors(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[
     return loss
 
 
-def train(opt: torch.optim.Optimizer, model: nn.Module, data: list[tuple[Tensor, Tensor]], how: str = "autograd") -> list[float]:
+def train(
+    opt: torch.optim.Optimizer, model: nn.Module, data: list[tuple[Tensor, Tensor]], how: str = "autograd"
+) -> list[float]:
     """Train over the batches in one of the ways a user may write it; return the losses."""
     losses = []
     for batch in data:

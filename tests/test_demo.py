@@ -27,9 +27,7 @@ def run_demo(*args: object, code: str = "", folder: Path = ROOT) -> subprocess.C
     start = f"import sys; {code}; from lwas_fast.demo import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", start] if code else [sys.executable, "-m", "lwas_fast.demo"]
     env = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT), "LWAS_FAST_DATA": str(ROOT / "nowhere")}
-    return subprocess.run(
-        [*command, *map(str, args)], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([*command, *map(str, args)], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_quick_run_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:

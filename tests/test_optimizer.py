@@ -1,0 +1,257 @@
+"""What users expect of any torch optimizer, over the table of options.
+
+Catches: state that does not survive saving, pickling, copying, another dtype or the checkpoint library; foreach and
+single disagreeing; hooks, schedulers, groups, closures, frozen parameters and late groups misbehaving; a NaN that
+spreads; errors that come after something was changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from cases import CASE_IDS, CASES, OPTIMIZERS, batches, layer_vectors, loss_of, small_net, train
+from torch import nn
+
+EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
+
+
+def assert_same(one: nn.Module, two: nn.Module) -> None:
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("kind", "name", "options"), CASES, ids=CASE_IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumes_bit_for_bit(kind, name, options, dtype, tmp_path):
+    data = batches(14, dtype)
+    unbroken = small_net(dtype)
+    opt = OPTIMIZERS[kind](unbroken.named_parameters(), **options)
+    train(opt, unbroken, data[:7])
+    torch.save((unbroken.state_dict(), opt.state_dict()), tmp_path / "saved.pt")
+    train(opt, unbroken, data[7:])
+    resumed = small_net(dtype, seed=9)
+    new = OPTIMIZERS[kind](resumed.named_parameters(), **options)
+    weights, state = torch.load(tmp_path / "saved.pt")
+    resumed.load_state_dict(weights)
+    new.load_state_dict(state)
+    train(new, resumed, data[7:])
+    assert_same(unbroken, resumed)
+    assert new.diagnostics() == opt.diagnostics()
+
+
+@EACH
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_on_alike(kind, clone):
+    data = batches(12)
+    model = small_net()
+    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=3)
+    train(opt, model, data[:5])
+    model2, opt2 = clone((model, opt))
+    train(opt, model, data[5:])
+    train(opt2, model2, data[5:])
+    assert_same(model, model2)
+
+
+@EACH
+def test_float32_state_survives_a_bf16_model(kind):
+    model = small_net(torch.float32)
+    opt = OPTIMIZERS[kind](model.named_parameters())
+    train(opt, model, batches(3, torch.float32))
+    half = small_net(torch.bfloat16)
+    new = OPTIMIZERS[kind](half.named_parameters())
+    new.load_state_dict(opt.state_dict())
+    for p, q in zip(model.parameters(), half.parameters(), strict=True):
+        for name, value in opt.state[p].items():
+            assert torch.equal(value, new.state[q][name])
+    train(new, half, batches(2, torch.bfloat16))
+
+
+@EACH
+def test_state_goes_through_distributed_checkpoint(kind, tmp_path):
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    data = batches(10)
+    model = small_net()
+    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=3)
+    train(opt, model, data[:5])
+    new_model = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is one process only, and the library says so
+        checkpoint.save({"opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=tmp_path, no_dist=True)
+        new = OPTIMIZERS[kind](new_model.named_parameters(), update_every=3)
+        state = {"opt": get_optimizer_state_dict(new_model, new)}
+        checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+        set_optimizer_state_dict(new_model, new, state["opt"])
+    train(opt, model, data[5:])
+    train(new, new_model, data[5:])
+    assert_same(model, new_model)
+
+
+@pytest.mark.parametrize(("kind", "name", "options"), CASES, ids=CASE_IDS)
+def test_single_equals_foreach(kind, name, options):
+    found = []
+    for foreach in (True, False):
+        model = small_net(torch.float32)
+        opt = OPTIMIZERS[kind](model.named_parameters(), foreach=foreach, **options)
+        train(opt, model, batches(8, torch.float32))
+        found.append(model)
+    assert_same(*found)
+
+
+@EACH
+def test_minimizing_equals_maximizing_the_negative(kind):
+    found = []
+    for sign, maximize in ((1, False), (-1, True)):
+        model = small_net()
+        opt = OPTIMIZERS[kind](model.named_parameters(), maximize=maximize, update_every=2)
+        for batch in batches(8):
+            opt.zero_grad()
+            opt.backward(sign * loss_of(model, batch))
+            opt.step()
+        found.append(model)
+    assert_same(*found)
+
+
+@EACH
+def test_scheduler_scales_the_step(kind):
+    model = small_net()
+    opt = OPTIMIZERS[kind](model.named_parameters(), ramp_steps=0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 0.5**k)
+    for batch in batches(3):
+        train(opt, model, [batch])
+        schedule.step()
+    assert opt.param_groups[0]["lr"] == 0.125
+    assert all(row["applied"] <= 0.25 * row["rate"] * (1 + 1e-9) for row in opt.diagnostics().values())
+
+
+@EACH
+def test_hooks_run(kind):
+    model, seen = small_net(), []
+    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt.register_step_pre_hook(lambda *_: seen.append("pre"))
+    opt.register_step_post_hook(lambda *_: seen.append("post"))
+    train(opt, model, batches(1))
+    assert seen == ["pre", "post"]
+
+
+@EACH
+def test_frozen_parameters_and_late_groups(kind):
+    model = small_net()
+    model[0].requires_grad_(False)
+    frozen = model[0].weight.clone()
+    opt = OPTIMIZERS[kind](list(model[2].named_parameters(prefix="2")) + list(model[0].named_parameters(prefix="0")))
+    train(opt, model, batches(3))
+    opt.add_param_group({"params": list(model[4].named_parameters(prefix="4")), "update_every": 2})
+    assert opt.curvature_due
+    train(opt, model, batches(3))
+    assert torch.equal(frozen, model[0].weight)
+    counts = {name: row["refreshes"] for name, row in opt.diagnostics().items()}
+    assert counts == {"2": 1, "0": 0, "4": 2}
+
+
+@EACH
+def test_a_nan_batch_costs_only_that_refresh(kind):
+    data = batches(6)
+    found = []
+    for poisoned in (False, True):
+        model = small_net()
+        opt = OPTIMIZERS[kind](model.named_parameters(), update_every=1, ramp_steps=0)
+        train(opt, model, data[:3])
+        if poisoned:
+            before = layer_vectors(model)
+            train(opt, model, [(data[0][0] * torch.nan, data[0][1])])
+            assert all(torch.equal(a, b) for a, b in zip(before, layer_vectors(model), strict=True))
+            assert all(row["nonfinite"] == row["skipped"] == 1 for row in opt.diagnostics().values())
+            opt.param_groups[0]["steps"] -= 1  # the signs of the two runs are to agree again
+            opt.param_groups[0]["next_refresh"] -= 1
+        train(opt, model, data[3:])
+        found.append(model)
+    assert_same(*found)
+
+
+@EACH
+def test_plain_backward_works_and_warns_once(kind):
+    model = small_net()
+    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=2)
+    with pytest.warns(UserWarning, match="opt.backward") as caught:
+        losses = train(opt, model, batches(12) * 3, how="plain")
+    assert len(caught) == 1
+    assert losses[-1] < losses[0]
+
+
+@EACH
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lr", -1), ("update_every", 0), ("cap", 0), ("curvature", "exact"), ("noise_exponent", float("nan"))],
+)
+def test_bad_options_are_named(kind, option, value):
+    with pytest.raises(ValueError, match=f"^{option}="):
+        OPTIMIZERS[kind](small_net().named_parameters(), **{option: value})
+
+
+@EACH
+def test_errors_come_before_changes(kind):
+    model = small_net()
+    opt = OPTIMIZERS[kind](model.named_parameters())
+    batch = batches(1)[0]
+    before = layer_vectors(model)
+    with pytest.raises(ValueError, match="scalar"):
+        opt.backward(model(batch[0]))
+    with pytest.raises(TypeError, match="must return the loss as a tensor"):
+        opt.step(lambda: None)
+    with pytest.raises(ValueError, match="complex"):
+        OPTIMIZERS[kind]([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
+    loss = loss_of(model, batch)
+    loss.backward()
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match="in place of loss.backward"):
+        opt.backward(loss)
+    opt.backward(loss_of(model, batch))
+    with pytest.raises(RuntimeError, match="last=False"):
+        opt.backward(loss_of(model, batch))
+    wrong = opt.state_dict()
+    other = OPTIMIZERS[kind](small_net().parameters())
+    with pytest.raises(ValueError, match="other layers"):
+        other.load_state_dict(wrong)
+    assert all(torch.equal(a, b) for a, b in zip(before, layer_vectors(model), strict=True))
+
+
+@EACH
+def test_accumulation_equals_the_joint_batch_when_micro_batches_are_alike(kind):
+    batch = batches(1)[0]
+    found = []
+    for parts in (1, 3):
+        model = small_net()
+        opt = OPTIMIZERS[kind](model.named_parameters(), update_every=1)
+        for _ in range(5):
+            opt.zero_grad()
+            for part in range(parts):
+                opt.backward(loss_of(model, batch) / parts, last=part == parts - 1)
+            opt.step()
+        found.append(layer_vectors(model))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@EACH
+def test_grad_scaler_changes_nothing(kind):
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = small_net()
+        opt = OPTIMIZERS[kind](model.named_parameters(), update_every=2)
+        for batch in batches(6):
+            opt.zero_grad()
+            opt.backward(loss_of(model, batch), scaler=scaler)
+            if scaler is None:
+                opt.step()
+            else:
+                scaler.step(opt)
+                scaler.update()
+        found.append(layer_vectors(model))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
