@@ -15,12 +15,13 @@ gradients (`finite_difference.py`).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from lwas_fast.layers import Bucket, Selection
 from lwas_fast.rates import Sums
@@ -100,22 +101,35 @@ def layer_sums(probe: Probe, products: Sequence[Tensor | None]) -> Tensor:
     return probe.selection.per_layer(torch.stack(rows))
 
 
+def _nodes(outputs: Iterable[Tensor]) -> Iterator[Node]:
+    """Every node of the graph of some tensors, once, in a fixed order."""
+    stack = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+
+
 def leaves_of(loss: Tensor) -> list[Tensor]:
     """Every leaf that ``loss.backward()`` would give a gradient, in a fixed order."""
     if loss.grad_fn is None:
         return [loss] if loss.requires_grad else []
-    found: dict[Tensor, None] = {}
-    seen = {loss.grad_fn}
-    stack = [loss.grad_fn]
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            stack.append(node)
-            if hasattr(node, "variable"):  # AccumulateGrad
-                found[node.variable] = None
+    found = {node.variable: None for node in _nodes([loss]) if hasattr(node, "variable")}  # AccumulateGrad nodes
     return list(found)
+
+
+def refuse_cut_graph(gradients: Iterable[Tensor]) -> None:
+    """Refuse gradients that passed a function differentiable once: autograd would take its part as zero, silently.
+
+    Raises:
+        RuntimeError: In autograd's own words, for `errors.explain`.
+    """
+    if any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
 
 
 def _products(

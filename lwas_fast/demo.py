@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwas_fast import AdamWLW
-from lwas_fast.data import NAMES, Images, load_images
+from lwas_fast.data import HOW_TO_GET, NAMES, Images, load_images
 
 if TYPE_CHECKING:
     from lwas_fast.demo_report import Bars, Run
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the demo."""
     args = parse(argv)
     try:
-        from lwas_fast.demo_report import Bars, draw, print_table
+        from lwas_fast.demo_report import Bars, draw, print_table, say
 
         data = load_images(args.data, args.path)
     except ModuleNotFoundError as error:
@@ -171,12 +171,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     if args.batch_size > len(data.y_train):
         sys.exit(f"error: --batch-size {args.batch_size}, but {data.name} has {len(data.y_train)} images")
+    if data.name == "digits" and args.data == "auto":
+        say(f"No Fashion-MNIST here: training on scikit-learn's small digits instead. {HOW_TO_GET}")
     torch.set_num_threads(args.threads)
     batches = make_batches(len(data.y_train), args.batch_size, args.steps, args.seed)
     with Bars(args.steps) as bars:
         runs = compare(data.to(args.device), batches, args.seed, bars)
     what = f"{data.name}, small CNN, {args.steps} steps of {args.batch_size} images, seed {args.seed}"
-    where = args.device if args.device != "cpu" else f"{args.threads} CPU threads"
+    where = args.device if args.device != "cpu" else f"the CPU ({args.threads} threads)"
     print_table(runs, what, where)
     draw(runs, what, args.out)
 

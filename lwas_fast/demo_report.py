@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -91,14 +92,19 @@ class Bars:
             self.tasks[run.name] = self.bars.add_task(run.name, total=self.steps, status="")
         self.bars.update(self.tasks[run.name], completed=done, status=run.status())
         if not CONSOLE.is_terminal and done % max(1, self.steps // 4) == 0:
-            CONSOLE.print(f"{run.name}: step {done} of {self.steps}, {run.status()}")
+            say(f"{run.name}: step {done} of {self.steps}, {run.status()}")
+
+
+def say(text: str) -> None:
+    """Print a paragraph."""
+    CONSOLE.print(text, soft_wrap=not CONSOLE.is_terminal)
 
 
 def print_table(runs: Sequence[Run], what: str, where: str) -> None:
     """Print what was measured, and what one step cost beside the other."""
     table = Table(title=what, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    for head in ("test accuracy", "test loss", "train loss", "seconds", "ms a step"):
+    for head in ("test accuracy", "test loss", "train loss", "seconds", "ms/step"):
         table.add_column(head, justify="right")
     for run in runs:
         table.add_row(
@@ -111,7 +117,7 @@ def print_table(runs: Sequence[Run], what: str, where: str) -> None:
         )
     CONSOLE.print(table)
     ours, theirs = runs
-    CONSOLE.print(
+    say(
         f"Losses are cross-entropy after training, with BatchNorm's running statistics. Time is that of the "
         f"steps alone, on {where}: {ours.name} took {ours.seconds / theirs.seconds:.2f} times as long as "
         f"{theirs.name}, curvature included. One seed: a look, not a benchmark."
@@ -133,16 +139,16 @@ def draw(runs: Sequence[Run], what: str, out: Path) -> None:
                 right.plot(run.rate_steps, rates, color=colour, linewidth=1.6, label=layer)
         right.axhline(ADAMW_RATE, color=COLOURS[1], linestyle="--", linewidth=1.2, label="AdamW's 1e-3")
         right.set_yscale("log")
-        _finish(right, "measured rate of each layer (log scale)")
+        _finish(right, "measured rate of each layer (log scale)", loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.suptitle(what, fontsize=10)
         figure.savefig(out, dpi=130)
         plt.close(figure)
-    CONSOLE.print(f"Picture: {out}")
+    say(f"Picture: {out}")
 
 
-def _finish(axes: Axes, title: str) -> None:
+def _finish(axes: Axes, title: str, **legend: Any) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step")
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, **legend)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lwas_fast import checkpoint
-from lwas_fast.curvature import Probe, by_autograd, draw_signs, leaves_of
+from lwas_fast.curvature import Probe, by_autograd, draw_signs, leaves_of, refuse_cut_graph
 from lwas_fast.errors import CurvatureError, explain
 from lwas_fast.finite_difference import Replay, by_differences
 from lwas_fast.layers import Bucket, Selection, state_dtype
@@ -116,6 +116,7 @@ def _autograd(opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float) -> M
         found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
         graph = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
         del found
+        refuse_cut_graph(graph.values())
         checkpoint.check_dense(opt.param_groups, graph)
         with torch.no_grad():
             probes = _probes(opt, graph, scale)
