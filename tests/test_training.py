@@ -1,0 +1,113 @@
+"""Training from defaults does not collapse, whatever the model and the seed.
+
+Catches: rates that run away or vanish in the first steps (dead ReLUs, saturated tanh, a loss stuck at its start).
+Digits, 150 steps of 64; "collapsed" is a final loss above the given share of the first one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import OPTIMIZERS
+from torch import nn
+from torch.nn import functional as F
+
+pytestmark = pytest.mark.slow
+
+
+class Recurrent(nn.Module):
+    """Reads an image row by row."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(8, 32, batch_first=True), nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.head(self.rnn(x.view(-1, 8, 8))[0][:, -1])
+
+
+class Transformer(nn.Module):
+    """One block over the rows of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.position = nn.Linear(8, 32), nn.Parameter(torch.randn(8, 32) * 0.02)
+        self.block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True, norm_first=True)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.head(self.block(self.embed(x.view(-1, 8, 8)) + self.position).mean(1))
+
+
+def tanh_autoencoder() -> nn.Module:
+    sizes = [64, 48, 24, 8, 24, 48, 64]
+    layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), 0.4),
+    "cnn_batchnorm": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(144, 10),
+        ),
+        0.4,
+    ),
+    "tanh_autoencoder": (tanh_autoencoder, 0.9),
+    "lstm": (Recurrent, 0.9),
+    "transformer": (Transformer, 0.8),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("route", ["autograd", "closure"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_no_collapse(kind, name, route, seed):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    make, share = MODELS[name]
+    torch.manual_seed(seed)
+    model = make()
+    opt = OPTIMIZERS[kind](model.named_parameters())
+
+    def loss_on(rows):
+        # The math kernel: fused attention has no second derivative; finite differences take either.
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            out = model(x[rows])
+        if name == "tanh_autoencoder":
+            return F.binary_cross_entropy_with_logits(out, x[rows])
+        return F.cross_entropy(out, y[rows])
+
+    everything = torch.arange(len(x))
+    with torch.no_grad():
+        first = loss_on(everything).item()
+    for _ in range(150):
+        rows = torch.randint(0, len(x), (64,))
+
+        def closure(rows=rows):
+            opt.zero_grad()
+            loss = loss_on(rows)
+            loss.backward()
+            return loss
+
+        if route == "closure":
+            opt.step(closure)
+        else:
+            opt.zero_grad()
+            opt.backward(loss_on(rows))
+            opt.step()
+    model.eval()
+    with torch.no_grad():
+        final = loss_on(everything).item()
+    assert final < share * first, f"{first:.3f} -> {final:.3f}"
