@@ -63,7 +63,7 @@ def load_images(name: str = "auto", path: str | os.PathLike[str] | None = None) 
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
     if name == "auto":
         # A place that was named must be right: falling back to digits would hide a typing error.
-        named = path is not None or "LWAS_FAST_DATA" in os.environ
+        named = path is not None or os.environ.get("LWAS_FAST_DATA")
         name = "fashion-mnist" if named or DEBIAN_FOLDER.is_dir() else "digits"
     if name == "fashion-mnist":
         return load_fashion_mnist(path)
@@ -103,7 +103,7 @@ def load_digits() -> Images:
 
 def _default_folder() -> Path:
     root = os.environ.get("LWAS_FAST_DATA")
-    return Path(root) / "fashion-mnist" if root is not None else DEBIAN_FOLDER
+    return Path(root) / "fashion-mnist" if root else DEBIAN_FOLDER
 
 
 def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:

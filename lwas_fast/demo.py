@@ -25,8 +25,8 @@ from lwas_fast.data import HOW_TO_GET, NAMES, Images, load_images
 if TYPE_CHECKING:
     from lwas_fast.demo_report import Bars, Run
 
-STEPS, QUICK_STEPS, BATCH_SIZE = 900, 60, 128
-WARM_UP_STEPS = 3
+STEPS = {"fashion-mnist": 900, "digits": 300}
+QUICK_STEPS, WARM_UP_STEPS = 60, 3
 EVALUATED = 10_000  # images of the training set on which the training loss is measured at the end
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "AdamWLW": lambda model: AdamWLW(model.named_parameters()),
@@ -52,38 +52,22 @@ class SmallCNN(nn.Module):
         return scores
 
 
-def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    """Train on one batch and return its loss."""
+def take_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    """Train on one batch; `run` takes the loss, the time and, where they were measured anew, the rates."""
+    start = time.perf_counter()
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
     if isinstance(optimizer, AdamWLW):
+        refresh = optimizer.curvature_due
         optimizer.backward(loss)  # the one line that differs: it measures the curvature when that is due
     else:
+        refresh = False
         loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return loss.item()
-
-
-def train(
-    run: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: Images,
-    batches: Sequence[Tensor],
-    bars: Bars,
-) -> None:
-    """Train on the batches in order; `run` takes the losses, the rates and the time of the steps alone."""
-    for step, batch in enumerate(batches):
-        x, y = data.x_train[batch], data.y_train[batch]
-        refresh = isinstance(optimizer, AdamWLW) and optimizer.curvature_due
-        start = time.perf_counter()
-        loss = take_step(model, optimizer, x, y)
-        run.seconds += time.perf_counter() - start
-        run.losses.append(loss)
-        if isinstance(optimizer, AdamWLW) and refresh:
-            # Not at every step: rates() waits for the device, and they only change with a refresh.
-            run.add_rates(step, optimizer.rates())
-        bars.advance(run)
+    value = loss.item()  # waits for the device, so the time is that of the whole step
+    run.add_step(value, time.perf_counter() - start)
+    if isinstance(optimizer, AdamWLW) and refresh:  # rates() waits too, and between refreshes they are constant
+        run.add_rates(optimizer.rates())
 
 
 @torch.no_grad()
@@ -105,24 +89,28 @@ def make_batches(count: int, batch_size: int, steps: int, seed: int) -> list[Ten
 
 
 def compare(data: Images, batches: Sequence[Tensor], seed: int, bars: Bars) -> list[Run]:
-    """Train the same model on the same batches with each optimizer, one after the other."""
+    """Train the same model on the same batches with each optimizer, and measure.
+
+    They take turns at every step, so that whatever else the machine does slows both alike.
+    """
     from lwas_fast.demo_report import Run
 
     torch.manual_seed(seed)
     initial = SmallCNN(data.x_train.shape[-1], data.classes).to(data.x_train.device)
-    for make in OPTIMIZERS.values():
-        # PyTorch sets much up on first use; the optimizer that comes first must not pay for it.
-        model = copy.deepcopy(initial)
-        optimizer = make(model)
-        for batch in batches[:WARM_UP_STEPS]:
-            take_step(model, optimizer, data.x_train[batch], data.y_train[batch])
-    runs = []
-    for name, make in OPTIMIZERS.items():
-        run, model = Run(name), copy.deepcopy(initial)
-        train(run, model, make(model), data, batches, bars)
+    for warm_up in (True, False):
+        # PyTorch sets much up on first use, and whoever came first would pay for it.
+        models = [copy.deepcopy(initial) for _ in OPTIMIZERS]
+        optimizers = [make(model) for make, model in zip(OPTIMIZERS.values(), models, strict=True)]
+        runs = [Run(name) for name in OPTIMIZERS]
+        for batch in batches[:WARM_UP_STEPS] if warm_up else batches:
+            x, y = data.x_train[batch], data.y_train[batch]
+            for run, model, optimizer in zip(runs, models, optimizers, strict=True):
+                take_step(run, model, optimizer, x, y)
+                if not warm_up:
+                    bars.advance(run)
+    for run, model in zip(runs, models, strict=True):
         run.train_loss, _ = evaluate(model, data.x_train[:EVALUATED], data.y_train[:EVALUATED])
         run.test_loss, run.test_accuracy = evaluate(model, data.x_test, data.y_test)
-        runs.append(run)
     return runs
 
 
@@ -137,12 +125,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lwas_fast.demo",
         description="Train a small CNN with AdamWLW, no learning rate given, and with AdamW beside it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data", choices=NAMES, default="auto", help="Fashion-MNIST if found, else digits")
     parser.add_argument("--path", type=Path, help="folder of Fashion-MNIST's files")
-    parser.add_argument("--steps", type=positive, default=STEPS)
-    parser.add_argument("--batch-size", type=positive, default=BATCH_SIZE)
+    parser.add_argument("--steps", type=positive, help="default: 900, on digits 300")
+    parser.add_argument("--batch-size", type=positive, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -153,8 +140,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out {args.out}: the name must end in .png, .svg or .pdf")
     if not args.out.absolute().parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
-    if args.quick:
-        args.steps = min(args.steps, QUICK_STEPS)
     return args
 
 
@@ -174,10 +159,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if data.name == "digits" and args.data == "auto":
         say(f"No Fashion-MNIST here: training on scikit-learn's small digits instead. {HOW_TO_GET}")
     torch.set_num_threads(args.threads)
-    batches = make_batches(len(data.y_train), args.batch_size, args.steps, args.seed)
-    with Bars(args.steps) as bars:
+    steps = args.steps or (QUICK_STEPS if args.quick else STEPS[data.name])
+    batches = make_batches(len(data.y_train), args.batch_size, steps, args.seed)
+    with Bars(steps) as bars:
         runs = compare(data.to(args.device), batches, args.seed, bars)
-    what = f"{data.name}, small CNN, {args.steps} steps of {args.batch_size} images, seed {args.seed}"
+    what = f"{data.name}, small CNN, {steps} steps of {args.batch_size} images, seed {args.seed}"
     where = args.device if args.device != "cpu" else f"the CPU ({args.threads} threads)"
     print_table(runs, what, where)
     draw(runs, what, args.out)

@@ -37,9 +37,14 @@ class Run:
     test_loss: float = float("nan")
     test_accuracy: float = float("nan")
 
-    def add_rates(self, step: int, rates: dict[str, float]) -> None:
-        """Record the layers' rates at a step."""
-        self.rate_steps.append(step)
+    def add_step(self, loss: float, seconds: float) -> None:
+        """Record a step."""
+        self.losses.append(loss)
+        self.seconds += seconds
+
+    def add_rates(self, rates: dict[str, float]) -> None:
+        """Record the layers' rates at the step that was recorded last."""
+        self.rate_steps.append(len(self.losses) - 1)
         for layer, rate in rates.items():
             self.rates.setdefault(layer, []).append(rate)
 
@@ -62,7 +67,7 @@ class Run:
 
 
 class Bars:
-    """One progress bar for each run; where the output is no terminal, a line at each quarter instead."""
+    """A progress bar for each run; where the output is no terminal, a line at each quarter instead."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
