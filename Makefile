@@ -5,6 +5,7 @@
 #   make test       everything that takes seconds; ARGS="-k demo" passes options on
 #   make test-slow  what takes minutes
 #   make lint       ruff, mypy, clang-format
+#   make clean      start over
 #
 # Which torch: when $(PYTHON) has one in 2.11 to 2.14 it is used as it is, from where it is; nothing is installed
 # into that interpreter. Otherwise $(TORCH) is installed into $(VENV): TORCH="torch==2.12.1" takes another one, pip's
@@ -60,12 +61,12 @@ $(READY): $(BASE) pyproject.toml setup.py
 # among them. Not venv's --system-site-packages: from a virtual environment that shows the packages of the Python
 # below it, not its own.
 define SHARE_TORCH
-import sys
+import importlib.metadata, sys
 if sys.version_info < (3, 10):
     sys.exit("lwas_fast needs Python >= 3.10, and this is " + sys.version.split()[0] + "; try PYTHON=python3.12")
 try:
     import torch
-    version = torch.__version__
+    version = importlib.metadata.version("torch")
     if (2, 11) <= tuple(map(int, version.split(".")[:2])) < (2, 15):
         print("using torch", version, "of", sys.executable, file=sys.stderr)
         for folder in sys.path:
@@ -87,5 +88,5 @@ $(BASE):
 	@if [ -s $(VENV)/share.pth ]; then mv $(VENV)/share.pth $(VENV)/lib/python*/site-packages/; \
 	  else echo "installing $(TORCH)"; $(PIP) '$(TORCH)'; fi
 	@# Nothing that is installed later may replace that torch.
-	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints
 	@touch $@

@@ -140,6 +140,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out {args.out}: the name must end in .png, .svg or .pdf")
     if not args.out.absolute().parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return args
 
 

@@ -54,6 +54,7 @@ def test_quick_run_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:
         (["--data", "cifar"], "--data: invalid choice: 'cifar'"),
         (["--out", "nowhere/picture.png"], "there is no folder .*nowhere"),
         (["--out", "picture.txt"], r"must end in \.png, \.svg or \.pdf"),
+        (["--device", "abacus"], "--device abacus: "),
         (["--path", "nowhere"], "error: .*no folder nowhere.*apt install"),
         (["--data", "digits", "--path", "."], "error: .*take no path"),
         (["--data", "digits", "--batch-size", "5000"], "error: --batch-size 5000, .* 1438 images"),
