@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from lwas_fast import fused
 from lwas_fast.curvature import ProbeVectors
 from lwas_fast.layers import LayerRule
 from lwas_fast.optimizer import LayerwiseOptimizer
@@ -42,6 +43,7 @@ class AdamWLW(LayerwiseOptimizer):
     """
 
     _buffers = ("exp_avg", "exp_avg_sq")
+    _fused = staticmethod(fused.adamw)
     _decoupled = True
 
     def __init__(
@@ -77,9 +79,9 @@ class AdamWLW(LayerwiseOptimizer):
         beta1, beta2 = group["betas"]
         first = [state["exp_avg"] for state in states]
         second = [state["exp_avg_sq"] for state in states]
-        torch._foreach_lerp_(first, moving.gradients, moving.share(1 - beta1))
-        torch._foreach_mul_(moving.gradients, moving.gradients)
-        torch._foreach_lerp_(second, moving.gradients, moving.share(1 - beta2))
+        squares = torch._foreach_mul(moving.gradients, moving.gradients)
+        torch._foreach_lerp_(first, moving.taking_part(moving.gradients, first), 1 - beta1)
+        torch._foreach_lerp_(second, moving.taking_part(squares, second), 1 - beta2)
         steps = moving.count(states)
         denominators = list(torch._foreach_div(second, moving.each(bias_correction(steps, beta2))))
         torch._foreach_sqrt_(denominators)

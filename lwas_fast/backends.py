@@ -2,30 +2,95 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from lwas_fast.layers import Bucket
 from lwas_fast.triton_kernels import triton_version
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _release(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def load_extension(version: str = torch.__version__) -> tuple[ModuleType | None, str]:
+    """Import the compiled update that fits a torch, which registers its operators.
+
+    An extension carries the torch it was built for in its name: there is no stable interface between torch's releases,
+    so one built for another is never loaded.
+
+    Returns:
+        The module, or None; and, if None, why.
+    """
+    wanted = "_C_torch" + _release(version).replace(".", "_")
+    try:
+        return importlib.import_module(f"lwas_fast.{wanted}"), ""
+    except ImportError as error:
+        found = sorted(path.name.split(".")[0] for path in Path(__file__).parent.glob("_C_torch*"))
+        rebuild = "pip install --no-build-isolation --force-reinstall --no-deps lwas_fast"
+        if wanted in found:
+            return None, f"it cannot be loaded ({error}); build it anew: {rebuild}"
+        if found:
+            built = ", ".join(name.removeprefix("_C_torch").replace("_", ".") for name in found)
+            return (
+                None,
+                f"it was built for torch {built} and this is torch {_release(version)}; build it anew: {rebuild}",
+            )
+        return None, "it was not built (no C++ compiler then, or LWAS_FAST_BUILD=none)"
+
+
+EXTENSION, MISSING = load_extension()
 
 
 def check_fused(group: dict[str, Any]) -> None:
     """Refuse ``fused=True`` where no compiled update is there.
 
     Raises:
-        RuntimeError: The group asks for an implementation that this installation lacks.
+        RuntimeError: The group asks for an implementation that this installation lacks; says why it lacks it.
     """
-    if group.get("fused"):
+    if group.get("fused") and EXTENSION is None:
         raise RuntimeError(
-            "fused=True, but this installation of lwas_fast has no compiled update. Leave fused out: "
+            f"fused=True, but this installation of lwas_fast has no compiled update: {MISSING}. Or leave fused out: "
             "the best implementation there is gets picked, and the results are the same."
         )
 
 
-def update_implementation(group: dict[str, Any]) -> str:
-    """Name the implementation that updates a group: ``"foreach"`` (all layers at once) or ``"single"``."""
-    return "single" if group.get("foreach") is False else "foreach"
+def _why_not_fused(bucket: Bucket) -> str | None:
+    """Why the compiled update does not serve a bucket; None where it does."""
+    if EXTENSION is None:
+        return MISSING
+    device = bucket.table.device.type
+    if device != "cpu" and not (device == "cuda" and EXTENSION.build_info()["cuda"]):
+        return f"it was not built for {device}"
+    for param in bucket.params:
+        if param.dtype not in FUSED_DTYPES or bucket.table.dtype != torch.float32:
+            return f"the group has {param.dtype} parameters, and it takes float32, bfloat16 and float16"
+    return None
+
+
+def update_implementation(group: dict[str, Any], bucket: Bucket) -> str:
+    """Name the implementation that updates a bucket.
+
+    Returns:
+        ``"fused"`` (compiled), ``"foreach"`` (all layers at once) or ``"single"`` (one after the other).
+
+    Raises:
+        RuntimeError: The group insists on the compiled one, and that cannot be; says why.
+    """
+    if group.get("foreach") is not None or group.get("fused") is False:
+        return "single" if group.get("foreach") is False else "foreach"
+    if (reason := _why_not_fused(bucket)) is None:
+        return "fused"
+    if group.get("fused"):
+        raise RuntimeError(f"fused=True, but the compiled update cannot serve it: {reason}. Leave fused out.")
+    return "foreach"
 
 
 def describe() -> list[tuple[str, str]]:
@@ -37,6 +102,12 @@ def describe() -> list[tuple[str, str]]:
         device = torch.cuda.get_device_name()
     else:
         device = "CPU" if cuda is None else f"CPU (torch has CUDA {cuda}, but no GPU was found)"
+    if EXTENSION is None:
+        update = f"torch foreach; no compiled update: {MISSING}"
+    else:
+        info = EXTENSION.build_info()
+        where = f"CPU and CUDA ({info['cuda']})" if info["cuda"] else "CPU"
+        update = f"compiled, for {where}; torch {info['torch']}, compiler {info['compiler']}"
     return [
         ("lwas_fast", lwas_fast.__version__),
         ("torch", torch.__version__),
@@ -44,6 +115,6 @@ def describe() -> list[tuple[str, str]]:
         ("device", device),
         ("threads", str(torch.get_num_threads())),
         ("triton", triton_version() or "not installed (not needed)"),
-        ("update", "torch foreach (no compiled kernel in this version)"),
+        ("update", update),
         ("rates", "torch (no Triton kernel in this version)"),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +54,7 @@ def prepare_group(param_group: dict[str, Any], number: int) -> dict[str, Any]:
     return group
 
 
-def check_dense(groups: list[dict[str, Any]], gradients: Mapping[Tensor, Tensor]) -> None:
+def check_dense(groups: list[dict[str, Any]], gradient_of: Callable[[Tensor], Tensor | None]) -> None:
     """Refuse sparse gradients.
 
     Raises:
@@ -62,17 +62,12 @@ def check_dense(groups: list[dict[str, Any]], gradients: Mapping[Tensor, Tensor]
     """
     for group in groups:
         for i, param in enumerate(group["params"]):
-            gradient = gradients.get(param)
+            gradient = gradient_of(param)
             if gradient is not None and gradient.layout != torch.strided:
                 raise TypeError(
                     f"the gradient of parameter {parameter_name(group, i)} is sparse, which has no curvature pass: "
                     "make it dense (sparse=False in nn.Embedding) or give it an optimizer of its own"
                 )
-
-
-def check_gradients(groups: list[dict[str, Any]]) -> None:
-    """Refuse sparse gradients in ``.grad``; see `check_dense`."""
-    check_dense(groups, {p: p.grad for group in groups for p in group["params"] if p.grad is not None})
 
 
 def _partition(names: list[str]) -> list[int]:

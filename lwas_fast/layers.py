@@ -81,12 +81,13 @@ class Selection:
     """The tensors of a bucket that take part in one pass, and how their numbers add up to layers.
 
     Attributes:
-        indices: Positions in the bucket.
+        indices: Positions in the bucket, in order.
         params: The tensors.
         rows: Which rows of the bucket's table the S layers are: a slice or a LongTensor.
-        layer: For each tensor, its layer's position among the S.
+        layer: For each tensor, its layer's position among the S; does not decrease.
         index: LongTensor (S, most tensors a layer has), padded with len(params).
-        floor: (S,), the least norm a layer's weights count with (see RMS_FLOOR).
+        elements: (S,), elements of each layer.
+        where: LongTensor (N, 2) on the CPU: each tensor's row in the bucket's table, and its position in the bucket.
     """
 
     indices: tuple[int, ...]
@@ -94,7 +95,13 @@ class Selection:
     rows: Any
     layer: list[int]
     index: Tensor
-    floor: Tensor
+    elements: Tensor
+    where: Tensor
+
+    @property
+    def floor(self) -> Tensor:
+        """(S,), the least norm a layer's weights count with (see RMS_FLOOR)."""
+        return RMS_FLOOR * self.elements.sqrt()
 
     def per_layer(self, values: Tensor) -> Tensor:
         """Sum numbers of tensors (N, ...) to numbers of layers (S, ...), always in the same order."""
@@ -114,10 +121,11 @@ class Bucket:
 
     Attributes:
         group: Index of the parameter group.
-        params: Its parameters on this device.
-        row: For each parameter, the row of its layer in `table`.
+        params: Its parameters on this device, those of a layer side by side.
+        row: For each parameter, the row of its layer in `table`; does not decrease.
         names: Layer names, one for each row.
         table: (L, len(Column)), each layer's statistics: see rates.Column.
+        steps: (N,) float32, the updates that each parameter has had.
     """
 
     group: int
@@ -125,6 +133,7 @@ class Bucket:
     row: list[int]
     names: list[str]
     table: Tensor
+    steps: Tensor
     _selections: dict[tuple[int, ...], Selection] = field(default_factory=dict)
 
     def select(self, indices: Sequence[int]) -> Selection:
@@ -147,10 +156,11 @@ class Bucket:
         device = self.table.device
         index = torch.tensor([m + [len(indices)] * (width - len(m)) for m in members], device=device)
         sizes = [sum(self.params[indices[n]].numel() for n in m) for m in members]
-        floor = RMS_FLOOR * torch.tensor(sizes, dtype=self.table.dtype, device=device).sqrt()
+        elements = torch.tensor(sizes, dtype=self.table.dtype, device=device)
         contiguous = rows == list(range(rows[0], rows[-1] + 1))
-        where = slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows, device=device)
-        return Selection(indices, [self.params[i] for i in indices], where, layer, index, floor)
+        which = slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows, device=device)
+        where = torch.tensor([[self.row[i], i] for i in indices])
+        return Selection(indices, [self.params[i] for i in indices], which, layer, index, elements, where)
 
 
 def make_buckets(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> list[Bucket]:
@@ -161,7 +171,7 @@ def make_buckets(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict
         state: The optimizer's state; ``state[p]["layer"]`` is p's layer's row, where it is there.
 
     Returns:
-        The buckets, in the order of groups. ``state[p]["layer"]`` is made a view of the new table.
+        The buckets, in the order of groups. ``state[p]["layer"]`` and ``state[p]["step"]`` are made views of theirs.
 
     Raises:
         ValueError: A layer's tensors are on two devices.
@@ -178,15 +188,18 @@ def make_buckets(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict
                 )
             devices.setdefault(param.device, []).append(i)
         for device, members in devices.items():
+            rows = {name: r for r, name in enumerate(dict.fromkeys(group["layer_names"][i] for i in members))}
+            members.sort(key=lambda i, rows=rows, group=group: rows[group["layer_names"][i]])
             params = [group["params"][i] for i in members]
-            names = list(dict.fromkeys(group["layer_names"][i] for i in members))
-            row = [names.index(group["layer_names"][i]) for i in members]
+            row = [rows[group["layer_names"][i]] for i in members]
             double = any(param.dtype == torch.float64 for param in params)
             dtype = torch.float64 if double else torch.float32
-            table = torch.zeros(len(names), len(Column), dtype=dtype, device=device)
-            for param, r in zip(params, row, strict=True):
+            table = torch.zeros(len(rows), len(Column), dtype=dtype, device=device)
+            steps = torch.zeros(len(params), device=device)
+            for i, (param, r) in enumerate(zip(params, row, strict=True)):
                 if param in state and "layer" in state[param]:
                     table[r] = state[param]["layer"]
-                    state[param]["layer"] = table[r]
-            buckets.append(Bucket(number, params, row, names, table))
+                    steps[i] = state[param]["step"]
+                    state[param] |= {"layer": table[r], "step": steps[i]}
+            buckets.append(Bucket(number, params, row, list(rows), table, steps))
     return buckets

@@ -117,7 +117,7 @@ def _autograd(opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float) -> M
         graph = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
         del found
         refuse_cut_graph(graph.values())
-        checkpoint.check_dense(opt.param_groups, graph)
+        checkpoint.check_dense(opt.param_groups, graph.get)
         with torch.no_grad():
             probes = _probes(opt, graph, scale)
         ours = [[graph[p] for p in probe.selection.params] for probe in probes]
@@ -143,7 +143,7 @@ def _by_differences(
     """Measure at the gradients that a first evaluation has left; `evaluate` does it once more."""
     params = [p for group in opt.param_groups for p in group["params"]]
     gradients = {p: p.grad for p in params if p.grad is not None}
-    checkpoint.check_dense(opt.param_groups, gradients)
+    checkpoint.check_dense(opt.param_groups, gradients.get)
     # The loss's graph is used up but still tells which other leaves the evaluation gives gradients to.
     leaves = list(dict.fromkeys(params + leaves_of(loss)))
     with torch.no_grad():

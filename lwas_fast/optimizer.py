@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lwas_fast import backends, checkpoint, measure, options, rates
 from lwas_fast.curvature import ProbeVectors
-from lwas_fast.layers import Bucket, LayerRule, layer_names, make_buckets, state_dtype
+from lwas_fast.layers import Bucket, LayerRule, Selection, layer_names, make_buckets, state_dtype
 from lwas_fast.measure import Measured
 from lwas_fast.rates import Column
-from lwas_fast.update import Moving, step_selection
+from lwas_fast.update import Moving, Scaling, step_selection
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -61,6 +62,7 @@ class LayerwiseOptimizer(Optimizer):
     """
 
     _buffers: tuple[str, ...]  # names of the state tensors shaped like the parameter
+    _step_supports_amp_scaling = True  # GradScaler: sets grad_scale and found_inf instead of waiting for the device
     _decoupled: bool  # whether weight decay acts on the weights rather than through the gradient
 
     def __init__(self, params: ParamsT, own: dict[str, Any], layers: LayerRule, common: options.Common):
@@ -223,7 +225,7 @@ class LayerwiseOptimizer(Optimizer):
             TypeError: The closure returned no tensor, or a gradient is sparse. Nothing has been updated.
         """
         value = None if closure is None else measure.run_closure(self, closure)
-        checkpoint.check_gradients(self.param_groups)
+        checkpoint.check_dense(self.param_groups, attrgetter("grad"))
         if self._measured is not None:
             for bucket, selection, sums in self._measured.sums:
                 rows = bucket.table[selection.rows]
@@ -244,17 +246,25 @@ class LayerwiseOptimizer(Optimizer):
 
     def _update(self, bucket: Bucket, group: dict[str, Any]) -> bool:
         present = [i for i, p in enumerate(bucket.params) if p.grad is not None]
-        for i in present:
-            self.state[bucket.params[i]] = self._state_of(bucket, i)
-        if backends.update_implementation(group) == "single":
+        if not present:
+            return False
+        implementation = backends.update_implementation(group, bucket)
+        if implementation == "single":
             parts = [[i for i in present if bucket.row[i] == row] for row in sorted({bucket.row[i] for i in present})]
         else:
-            parts = [present] if present else []
+            parts = [present]
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         for part in parts:
             selection = bucket.select(part)
             states = [self.state[p] for p in selection.params]
-            step_selection(bucket, selection, group, states, self._advance, self._decoupled)
-        return bool(present)
+            for i, state in zip(selection.indices, states, strict=True):
+                if not state:
+                    state.update(self._state_of(bucket, i))
+            if implementation == "fused":
+                self._fused(bucket, selection, group, states, scaling)
+            else:
+                step_selection(bucket, selection, group, states, scaling, self._advance, self._decoupled)
+        return True
 
     def _state_of(self, bucket: Bucket, i: int) -> dict[str, Any]:
         """The state of a bucket's i-th parameter; zeros, not yet entered in `state`, before its first step."""
@@ -265,9 +275,8 @@ class LayerwiseOptimizer(Optimizer):
             name: torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
             for name in self._buffers
         }
-        step = torch.zeros((), dtype=torch.float32, device=param.device)
-        # A view of the table: a layer's numbers travel with its parameters.
-        return {"step": step, **zeros, "layer": bucket.table[bucket.row[i]]}
+        # Views of the bucket's: a layer's numbers travel with its parameters.
+        return {"step": bucket.steps[i], **zeros, "layer": bucket.table[bucket.row[i]]}
 
     def _warn_if_overdue(self) -> None:
         late = [g for g in self.param_groups if self._due(g) and g["steps"] >= g["next_refresh"] + g["update_every"]]
@@ -288,6 +297,17 @@ class LayerwiseOptimizer(Optimizer):
 
     def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
         """Update the states in place and return the directions to step along."""
+        raise NotImplementedError
+
+    def _fused(
+        self,
+        bucket: Bucket,
+        selection: Selection,
+        group: dict[str, Any],
+        states: list[dict[str, Any]],
+        scaling: Scaling,
+    ) -> None:
+        """Take a whole step in compiled code."""
         raise NotImplementedError
 
     # ---- saving and restoring -----------------------------------------------------------------------------------

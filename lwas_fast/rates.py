@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,9 @@ class Column(IntEnum):
     NO_DESCENT = 10  # refreshes dropped because the probe does not descend
     GROWTH = 11  # refreshes cut back by max_growth
     CAPPED = 12  # steps cut back by the cap
-    SKIPPED = 13  # steps left out because the layer's gradient was not finite
+    SKIPPED = 13  # steps in which elements were left alone because their gradient was not finite
+    LENGTH = 14  # norm of the direction in the last step
+    SIZE = 15  # norm of the weights before the last step, not below its floor
 
 
 class Sums(IntEnum):
@@ -126,34 +128,60 @@ def refresh(table: Tensor, sums: Tensor, group: dict[str, Any]) -> Tensor:
     return new
 
 
+class Control(NamedTuple):
+    """What turns a layer's rate into its step: the same for all layers of a group.
+
+    Attributes:
+        warming: Whether this is a step of the warm-up.
+        warmup_rate: The rate then, and of layers never refreshed.
+        ramp: Share of the measured rate that is applied.
+        cap: Largest share of its norm by which a layer may move.
+        largest_rate: Largest rate, whatever the norms: with decoupled decay, decaying by more than `cap` is a runaway
+            as well. Infinite where there is no such decay.
+    """
+
+    warming: bool
+    warmup_rate: float
+    ramp: float
+    cap: float
+    largest_rate: float
+
+
+def control(group: dict[str, Any], decoupled: bool) -> Control:
+    """Read off a group, with ``steps`` done so far, what its next step needs."""
+    since_warmup = group["steps"] - group["warmup_steps"]
+    warming = since_warmup < 0
+    ramp = 1.0 if warming or not group["ramp_steps"] else min(1.0, (since_warmup + 1) / group["ramp_steps"])
+    decays = decoupled and group["weight_decay"] > 0
+    largest = group["cap"] / group["weight_decay"] if decays else math.inf
+    return Control(warming, group["warmup_rate"], ramp, group["cap"], largest)
+
+
 def apply(
-    table: Tensor, weights: Tensor, direction: Tensor, finite: Tensor, group: dict[str, Any], decoupled: bool
+    table: Tensor, sizes: Tensor, lengths: Tensor, moves: Tensor, skipped: Tensor, lr: float | Tensor, control: Control
 ) -> Tensor:
     """Work out what multiplies each layer's direction in this step.
 
     Args:
         table: (L, len(Column)) statistics.
-        weights: (L,) norm of the layer's weights, not below its floor.
-        direction: (L,) norm of the direction that is applied.
-        finite: (L,) bool, whether the layer's gradient is finite.
-        group: The hyperparameters, with ``steps`` done so far.
-        decoupled: Whether the weights also decay by rate * weight_decay.
+        sizes: (L,) norm of the layer's weights, not below its floor.
+        lengths: (L,) norm of the direction that is applied.
+        moves: (L,) bool, whether anything of the layer moves.
+        skipped: (L,) bool, whether elements of it are left alone.
+        lr: The group's multiplier.
+        control: The rest of what holds for all of them.
 
     Returns:
-        The new table: `APPLIED` is the answer, `CAPPED` and `SKIPPED` count.
+        The new table: `APPLIED` is the answer, `LENGTH` and `SIZE` are noted, `CAPPED` and `SKIPPED` count.
     """
     new = table.clone()
-    since_warmup = group["steps"] - group["warmup_steps"]
-    rate = current(table, group["warmup_rate"])
-    ramp = 1.0
-    if since_warmup < 0:
-        rate = torch.full_like(rate, group["warmup_rate"])
-    elif group["ramp_steps"]:
-        ramp = min(1.0, (since_warmup + 1) / group["ramp_steps"])
-    cap = torch.where(direction > 0, group["cap"] * weights / direction, math.inf)
-    if decoupled and group["weight_decay"] > 0:
-        cap = cap.clamp(max=group["cap"] / group["weight_decay"])
-    new[:, Column.APPLIED] = torch.where(finite, torch.minimum(rate, cap) * group["lr"] * ramp, 0.0)
-    new[:, Column.CAPPED] += finite & (rate > cap)
-    new[:, Column.SKIPPED] += ~finite
+    rate = current(table, control.warmup_rate)
+    if control.warming:
+        rate = torch.full_like(rate, control.warmup_rate)
+    bound = torch.where(lengths > 0, control.cap * sizes / lengths, math.inf).clamp(max=control.largest_rate)
+    new[:, Column.APPLIED] = torch.where(moves, torch.minimum(rate, bound) * lr * control.ramp, 0.0)
+    new[:, Column.CAPPED] += moves & (rate > bound)
+    new[:, Column.SKIPPED] += skipped
+    new[:, Column.LENGTH] = torch.where(moves, lengths, table[:, Column.LENGTH])
+    new[:, Column.SIZE] = torch.where(moves, sizes, table[:, Column.SIZE])
     return new

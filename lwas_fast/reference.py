@@ -24,8 +24,8 @@ Every step, with the gradient as it then stands (clipped, accumulated):
     r = min(rate, a) · lr · min(1, (k − warmup_steps + 1)/ramp_steps)    (warm-up: min(warmup_rate, a) · lr)
     W ← W + rd (SGD)    W ← (1 − rγ)W + rd (AdamW)
 
-NaN, Inf, ρ ≤ 0 (and c ≤ 0 under "skip") leave a layer's statistics alone, a gradient that is not finite the
-whole layer. From the summary: ρ, δ², t, its bound, T, γ, warm-up, EMA. Ours: all else, from probes to guards.
+NaN, Inf, ρ ≤ 0 (and c ≤ 0 under "skip") leave a layer's statistics alone. An element whose squared gradient is
+not finite is left alone, and is no part of ‖d‖; n counts the updates that leave some element alive. From the summary: ρ, δ², t, its bound, T, γ, warm-up, EMA. Ours: all else, from probes to guards.
 """
 
 import dataclasses
@@ -192,20 +192,22 @@ class Reference:
             count["refreshes"] += 1
 
     def _update(self, i: int, g: Tensor) -> None:
-        h, W, self.applied[i] = self.hyper, self.W[i], 0.0
-        if not (g @ g).isfinite():
-            self.events[i]["skipped"] += 1
+        h, W, self.applied[i], alive = self.hyper, self.W[i], 0.0, (g * g).isfinite()
+        self.events[i]["skipped"] += int(not alive.all())
+        if not (alive.any() or alive.all()):
             return
-        self.m[i], self.v[i], m_hat, D = self._moments(i, g)
+        m, v, m_hat, D = self._moments(i, g)
+        self.m[i], self.v[i] = torch.where(alive, m, self.m[i]), torch.where(alive, v, self.v[i])
         self.n[i] += 1
-        d, since, decay = -D * m_hat, self.k - h.warmup_steps, h.weight_decay if self.adam else 0.0
+        d, since = torch.where(alive, -D * m_hat, 0.0), self.k - h.warmup_steps
+        decay = h.weight_decay if self.adam else 0.0
         rate = self.rate[i] if since >= 0 else h.warmup_rate
         ramp = min(1.0, (since + 1) / h.ramp_steps) if since >= 0 and h.ramp_steps > 0 else 1.0
         a = (h.cap * W.norm().clamp(min=0.01 * math.sqrt(W.numel())) / d.norm()).item()  # Inf where d = 0
         a = min(a, h.cap / decay) if decay > 0 else a  # decaying by more than `cap` is a runaway as well
         self.events[i]["capped"] += int(rate > a)
         r = self.applied[i] = min(rate, a) * h.lr * ramp
-        self.W[i] = (1 - r * decay) * W + r * d
+        self.W[i] = torch.where(alive, (1 - r * decay) * W + r * d, W)
 
 
 class ReferenceSGDLW(Reference):

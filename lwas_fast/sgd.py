@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from lwas_fast import fused
 from lwas_fast.curvature import ProbeVectors
 from lwas_fast.layers import LayerRule
 from lwas_fast.optimizer import LayerwiseOptimizer
@@ -43,6 +44,7 @@ class SGDLW(LayerwiseOptimizer):
     """
 
     _buffers = ("momentum_buffer",)
+    _fused = staticmethod(fused.sgd)
     _decoupled = False
 
     def __init__(
@@ -76,6 +78,6 @@ class SGDLW(LayerwiseOptimizer):
         momenta = [state["momentum_buffer"] for state in states]
         if decay != 0:
             torch._foreach_add_(moving.gradients, moving.weights, alpha=decay)
-        torch._foreach_lerp_(momenta, moving.gradients, moving.share(1 - beta))
+        torch._foreach_lerp_(momenta, moving.taking_part(moving.gradients, momenta), 1 - beta)
         correction = bias_correction(moving.count(states), beta)
         return list(torch._foreach_div(momenta, moving.each(-correction)))

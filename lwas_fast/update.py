@@ -1,14 +1,15 @@
 """One optimizer step in plain torch: advance the state, bound the step, move the weights.
 
 The formula of the direction is the optimizers' own (`sgd.py`, `adamw.py`); what is common to them stands here. It
-never reads a number back from the device: a layer whose gradient is not finite is left alone by arithmetic.
+never reads a number back from the device: an element whose gradient is not finite is left alone by arithmetic. The
+compiled update (`fused.py`, csrc/) does the same in one pass.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,30 +20,49 @@ from lwas_fast.layers import Bucket, Selection, state_dtype
 Advance: TypeAlias = "Callable[[dict[str, Any], list[dict[str, Any]], Moving], list[Tensor]]"
 
 
-class Moving:
-    """What an optimizer's `_advance` works on: gradients, weights, and which layers take part.
+class Scaling(NamedTuple):
+    """What a ``torch.amp.GradScaler`` sets: see its ``step``.
 
     Attributes:
-        gradients: Ascent gradients of the loss to be minimised, zeroed where the layer is left alone. Owned: may be
-            overwritten.
+        grad_scale: Gradients are to be divided by it; a tensor of one element, or None.
+        found_inf: Nothing is to happen where it is not 0; likewise.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class Moving:
+    """What an optimizer's `_advance` works on: gradients, weights, and which elements take part.
+
+    Attributes:
+        gradients: Ascent gradients of the loss to be minimised. Owned: may be overwritten.
         weights: The parameters in their state's dtype. Not to be changed by `_advance`.
     """
 
-    def __init__(self, selection: Selection, gradients: list[Tensor], weights: list[Tensor], finite: Tensor):
+    def __init__(self, selection: Selection, gradients: list[Tensor], weights: list[Tensor], scaling: Scaling):
         self.gradients = gradients
         self.weights = weights
+        # The square: a second moment must not become infinite either.
+        self._finite = [gradient.square().isfinite() for gradient in gradients]
+        if scaling.found_inf is not None:
+            self._finite = [finite & (scaling.found_inf.to(finite.device) == 0) for finite in self._finite]
+        alive = torch.stack([finite.sum() for finite in self._finite]).to(selection.elements.dtype)
+        alive = selection.per_layer(alive)
+        self.skips = alive < selection.elements
+        self.moves = (alive > 0) | ~self.skips
         self._selection = selection
-        self._moves = finite
 
-    def share(self, value: float) -> list[Tensor]:
-        """For each tensor, `value` where its layer takes part and 0 where it is left alone."""
-        return self._selection.per_tensor(self._moves * value)
+    def taking_part(self, values: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+        """Of each tensor `values` where the gradient is finite, `others` elsewhere."""
+        return [torch.where(f, v, o) for f, v, o in zip(self._finite, values, others, strict=True)]
 
     def count(self, states: list[dict[str, Any]]) -> Tensor:
-        """Count this step in each tensor's ``step`` where it takes part; return the counts (N,)."""
+        """Count this step in each tensor's ``step`` if its layer moves; return the counts (N,)."""
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, [share.to(torch.float32) for share in self.share(1.0)])
-        return torch.stack(steps).to(self._moves.dtype)
+        moves = self.moves.to(torch.float32)
+        torch._foreach_add_(steps, [moves[layer] for layer in self._selection.layer])
+        return torch.stack(steps).to(self._selection.elements.dtype)
 
     def each(self, values: Tensor) -> list[Tensor]:
         """Split numbers of tensors (N,) into N views in the tensors' own dtypes."""
@@ -71,39 +91,46 @@ def step_selection(
     selection: Selection,
     group: dict[str, Any],
     states: list[dict[str, Any]],
+    scaling: Scaling,
     advance: Advance,
     decoupled: bool,
 ) -> None:
     """Take one step with some of a bucket's tensors, all of which have a gradient.
 
     Args:
-        bucket: Gives the table of statistics, whose `APPLIED` and counters are brought up to date.
+        bucket: Gives the table of statistics, whose `APPLIED`, norms and counters are brought up to date.
         selection: The tensors.
         group: Their hyperparameters.
         states: Their states, changed in place.
+        scaling: What a GradScaler wants done with the gradients.
         advance: Updates the states and returns the directions (fresh tensors).
         decoupled: Whether weight decay acts on the weights here (AdamW) or came with the gradient (SGD).
     """
     dtype = bucket.table.dtype
     weights = [p.to(state_dtype(p)) for p in selection.params]  # p itself unless half precision
     gradients = [p.grad.to(w.dtype) for p, w in zip(selection.params, weights, strict=True) if p.grad is not None]
-    finite = selection.per_layer(_squares(gradients, dtype)).isfinite()
-    moves = selection.per_tensor(finite)
+    if scaling.grad_scale is not None:
+        gradients = [g / scaling.grad_scale.to(g.device) for g in gradients]
     if group["maximize"]:
         gradients = list(torch._foreach_neg(gradients))
-    gradients = [torch.where(move, g, 0.0) for move, g in zip(moves, gradients, strict=True)]
+    moving = Moving(selection, gradients, weights, scaling)
 
-    directions = advance(group, states, Moving(selection, gradients, weights, finite.to(dtype)))
+    directions = advance(group, states, moving)
 
+    directions = moving.taking_part(directions, [d.new_zeros(()) for d in directions])
     lengths = selection.per_layer(_squares(directions, dtype)).sqrt()
     sizes = selection.per_layer(_squares(weights, dtype)).sqrt().maximum(selection.floor)
-    table = rates.apply(bucket.table[selection.rows], sizes, lengths, finite, group, decoupled)
-    bucket.table[selection.rows] = table
+    old = bucket.table[selection.rows]
+    control = rates.control(group, decoupled)
+    table = rates.apply(old, sizes, lengths, moving.moves, moving.skips, group["lr"], control)
     applied = table[:, rates.Column.APPLIED]
-    if decoupled and group["weight_decay"] != 0:
-        torch._foreach_mul_(weights, selection.per_tensor(1 - applied * group["weight_decay"]))
+    if scaling.found_inf is not None:
+        table = torch.where(scaling.found_inf.to(table.device) == 0, table, old)
+    bucket.table[selection.rows] = table
     torch._foreach_mul_(directions, selection.per_tensor(applied))
-    torch._foreach_add_(weights, directions)
-    for param, weight in zip(selection.params, weights, strict=True):
-        if weight is not param:
-            param.copy_(weight)
+    if decoupled and group["weight_decay"] != 0:
+        kept = torch._foreach_mul(weights, selection.per_tensor(1 - applied * group["weight_decay"]))
+        moved = torch._foreach_add(kept, directions)
+        torch._foreach_copy_(selection.params, moving.taking_part(moved, weights))
+    else:
+        torch._foreach_copy_(selection.params, torch._foreach_add(weights, directions))

@@ -11,11 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 import lwas_fast
 
@@ -31,11 +33,15 @@ def run(*command: object, **options: object) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built with this environment's own setuptools, from a copy: a build leaves its traces behind."""
+    """A wheel built with this environment's own setuptools, from a copy: a build leaves its traces behind.
+
+    Without the extension, which takes a while to compile; the environment's own installation has it.
+    """
     folder = tmp_path_factory.mktemp("wheel")
-    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=unwanted)
-    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder / "source")
+    command = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder / "source"]
+    run(*command, env=os.environ | {"LWAS_FAST_BUILD": "none"})
     (file,) = folder.glob("*.whl")
     return file
 
@@ -55,6 +61,37 @@ def test_installed_wheel_imports_away_from_the_repository(wheel: Path, tmp_path:
     code = "import lwas_fast, lwas_fast.triton_kernels as k; print(lwas_fast.__file__, k.__file__, sep='\\n')"
     done = run(sys.executable, "-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)})
     assert [Path(line).is_relative_to(site) for line in done.split()] == [True, True]
+
+
+def test_source_distribution_has_what_the_extension_is_built_from(tmp_path: Path) -> None:
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so")
+    shutil.copytree(ROOT, tmp_path / "source", symlinks=True, ignore=unwanted)
+    code = "import setuptools.build_meta as b; b.build_sdist('dist')"
+    run(sys.executable, "-c", code, cwd=tmp_path / "source", env=os.environ | {"LWAS_FAST_BUILD": "none"})
+    (file,) = (tmp_path / "source" / "dist").glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()} <= names
+    assert {"setup.py", "triton_kernels/__init__.py", "LICENSE"} <= names
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("gpu", "must be auto, cuda, cpu or none"), ("cuda", "LWAS_FAST_BUILD=cuda, but")],
+)
+def test_build_that_cannot_be_had_says_why(value: str, words: str, tmp_path: Path) -> None:
+    if value == "cuda" and torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=os.environ | {"LWAS_FAST_BUILD": value},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode != 0
+    assert words in done.stderr
 
 
 def test_version_is_the_same_everywhere(wheel: Path) -> None:

@@ -532,7 +532,7 @@ def fired(ref, layer=0):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nan_gradient_leaves_the_layer_alone(method):
+def test_nan_gradient_leaves_its_elements_alone(method):
     def loss(W):
         return (W[0] @ W[0] + W[1] @ W[1]) / 2
 
@@ -540,24 +540,34 @@ def test_nan_gradient_leaves_the_layer_alone(method):
     ref.step(loss)
     frozen = [x[0] for x in (ref.m, ref.v, ref.n, ref.S, ref.R, ref.E, ref.w, ref.last)]
     before = [w.clone() for w in ref.W]
-    # A gradient spoilt by the clipping's own overflow: the update stops, the measurement was fine.
+    # A gradient spoilt by the clipping's own overflow: that element stops, the measurement was fine.
     ref.step(loss, gradient=[vec(math.nan, 1), vec(1, 1)])
+    for now, then in ((ref.W[0], before[0]), (ref.m[0], frozen[0]), (ref.v[0], frozen[1])):
+        assert now[0] == then[0]
+    assert ref.W[0][1] != before[0][1]
+    assert ref.m[0][1] == pytest.approx(0.9 * frozen[0][1] + 0.1 * (1 + (0 if ref.adam else 0.1 * before[0][1])))
+    assert ref.n == [2, 2]
+    assert fired(ref)["skipped"] == 1
+    # All of a layer: it is left alone whole, and the update does not count.
+    before = [w.clone() for w in ref.W]
+    frozen = [x[0] for x in (ref.m, ref.v)]
+    ref.step(loss, gradient=[vec(math.nan, math.inf), vec(1, 1)])
     assert torch.equal(ref.W[0], before[0])
     assert ref.applied[0] == 0
     assert not torch.equal(ref.W[1], before[1])
     assert torch.equal(ref.m[0], frozen[0])
     assert torch.equal(ref.v[0], frozen[1])
-    assert ref.n == [1, 2]
-    assert fired(ref)["skipped"] == 1
-    assert ref.events[0]["refreshes"] == 2
+    assert ref.n == [2, 3]
+    assert fired(ref)["skipped"] == 2
+    assert ref.events[0]["refreshes"] == 3
     # A loss that is NaN in one layer: nothing measured there either, the other layer goes on.
     frozen = [x[0] for x in (ref.S, ref.R, ref.E, ref.w, ref.last)]
     ref.step(lambda W: loss(W) + (W[0] * math.inf * 0).sum())
     assert [x[0] for x in (ref.S, ref.R, ref.E, ref.w, ref.last)] == frozen
     assert torch.equal(ref.W[0], before[0])
-    assert (ref.events[0]["nonfinite"], ref.events[0]["skipped"], ref.events[0]["refreshes"]) == (1, 2, 2)
-    assert (ref.events[1]["nonfinite"], ref.events[1]["skipped"], ref.events[1]["refreshes"]) == (0, 0, 3)
-    assert ref.k == 3
+    assert (ref.events[0]["nonfinite"], ref.events[0]["skipped"], ref.events[0]["refreshes"]) == (1, 3, 3)
+    assert (ref.events[1]["nonfinite"], ref.events[1]["skipped"], ref.events[1]["refreshes"]) == (0, 0, 4)
+    assert ref.k == 4
 
 
 def test_negative_curvature():

@@ -1,0 +1,113 @@
+// Moves the data of many tensors through registers, chunk by chunk; knows nothing of any formula. No include of torch.
+//
+// A launch gets its tensors as a table in its arguments, so that nothing has to be copied to the device before, and a
+// CUDA graph captures the addresses with the launch. One block works on one chunk and finds the chunk's tensor by
+// bisection; so there is no limit to the blocks of a launch, only to its tensors.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "chunks.h"
+
+namespace lwas {
+
+constexpr int kThreads = 512;
+constexpr int kChunk = 32768;  // elements; divisible by every vector's length, so that all chunks of a tensor align
+
+// 65 bytes a tensor. Arguments of a launch hold 4 KB everywhere, and 32 KB from CUDA 12.1 on, minus the rest's share.
+constexpr int kSmallTable = 58;
+constexpr int kLargeTable = 480;
+
+template <int kCapacity>
+struct Table {
+  static constexpr int capacity = kCapacity;
+  void* param[kCapacity];
+  const void* grad[kCapacity];
+  float* first[kCapacity];
+  float* second[kCapacity];
+  int64_t size[kCapacity];
+  int32_t first_chunk[kCapacity];  // in this launch
+  int32_t row[kCapacity];
+  int32_t place[kCapacity];
+  int32_t layer_begin[kCapacity], layer_end[kCapacity];  // chunks of the tensor's layer, in the whole call
+  float elements[kCapacity];                             // of the layer
+  uint8_t kind[kCapacity];                               // Kind, plus kAligned
+  int32_t count;
+  int32_t chunk_base;  // of this launch, in the whole call
+  int32_t chunks;      // of this launch
+};
+constexpr uint8_t kAligned = 0x80;  // all four arrays start at multiples of 16 bytes
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ void narrow(float value, float& to) { to = value; }
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16& to) { to = __float2bfloat16_rn(value); }
+__device__ __forceinline__ void narrow(float value, __half& to) { to = __float2half_rn(value); }
+
+// N elements that are loaded and stored in one instruction of at most 16 bytes, or a few.
+template <typename T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
+  T value[N];
+};
+
+// Calls body(weight, gradient, first, second) with references to floats for every element of a chunk, and writes back
+// what it changed: the state if kWriteState, the parameter if `write`. The second state is skipped unless kSecond.
+template <typename T, bool kSecond, bool kWriteState, typename Body>
+__device__ __forceinline__ void for_each_element(T* __restrict__ param, const T* __restrict__ grad,
+                                                 float* __restrict__ first, float* __restrict__ second, int count,
+                                                 bool aligned, bool write, Body body) {
+  constexpr int N = 16 / int(sizeof(T));
+  const int whole = aligned ? count / N * N : 0;
+  using Narrow = Vector<T, N>;
+  using Wide = Vector<float, N>;
+  for (int i = threadIdx.x * N; i < whole; i += kThreads * N) {
+    Narrow p = *reinterpret_cast<const Narrow*>(param + i);
+    const Narrow g = *reinterpret_cast<const Narrow*>(grad + i);
+    Wide m = *reinterpret_cast<const Wide*>(first + i);
+    Wide v{};
+    if (kSecond) v = *reinterpret_cast<const Wide*>(second + i);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      float weight = widen(p.value[k]);
+      body(weight, widen(g.value[k]), m.value[k], v.value[k]);
+      narrow(weight, p.value[k]);
+    }
+    if (kWriteState) *reinterpret_cast<Wide*>(first + i) = m;
+    if (kWriteState && kSecond) *reinterpret_cast<Wide*>(second + i) = v;
+    if (write) *reinterpret_cast<Narrow*>(param + i) = p;
+  }
+  for (int i = whole + threadIdx.x; i < count; i += kThreads) {
+    float weight = widen(param[i]), m = first[i], v = kSecond ? second[i] : 0.0f;
+    body(weight, widen(grad[i]), m, v);
+    if (kWriteState) first[i] = m;
+    if (kWriteState && kSecond) second[i] = v;
+    if (write) narrow(weight, param[i]);
+  }
+}
+
+// Sums over the block, for thread 0, always in the same order. `shared` holds 3 * 32 values; all threads must call.
+template <typename T>
+__device__ __forceinline__ void block_sum(T (&value)[3], T* shared) {
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    for (int offset = 16; offset > 0; offset /= 2) value[k] += __shfl_down_sync(0xffffffffu, value[k], offset);
+  }
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __syncthreads();  // whoever used `shared` before is done
+  if (lane == 0) {
+    for (int k = 0; k < 3; ++k) shared[3 * warp + k] = value[k];
+  }
+  __syncthreads();
+  if (warp == 0) {
+    for (int k = 0; k < 3; ++k) {
+      value[k] = lane < kThreads / 32 ? shared[3 * lane + k] : T(0);
+      for (int offset = 16; offset > 0; offset /= 2) value[k] += __shfl_down_sync(0xffffffffu, value[k], offset);
+    }
+  }
+}
+
+}  // namespace lwas

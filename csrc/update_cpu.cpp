@@ -1,0 +1,228 @@
+// The fused update on the CPU: chunks of all tensors over the threads, vectorised by the compiler.
+
+#include <cstring>
+#include <stdexcept>
+
+#include "chunks.h"
+#include "update.h"
+
+// One copy of each loop for every level of x86; the loader picks by what the processor can do. Elsewhere, and under a
+// sanitizer, which runs before the loader's choice can, the compiler's default serves.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(__SANITIZE_ADDRESS__)
+#define LWAS_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define LWAS_CLONES
+#endif
+
+namespace lwas {
+namespace {
+
+// 8192 elements and their state fit a core's second cache, so that the second pass over a chunk would be cheap.
+constexpr int64_t kChunk = 8192;
+constexpr int64_t kGrain = 32768;  // elements worth a thread
+
+struct Float32 {
+  using Storage = float;
+  LWAS_HD static float load(float value) { return value; }
+  LWAS_HD static float store(float value) { return value; }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  LWAS_HD static float load(uint16_t value) {
+    const uint32_t bits = uint32_t(value) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+  }
+  LWAS_HD static uint16_t store(float value) {  // to nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  }
+};
+
+#ifdef __FLT16_MAX__
+struct Float16 {
+  using Storage = _Float16;
+  LWAS_HD static float load(_Float16 value) { return float(value); }
+  LWAS_HD static _Float16 store(float value) { return _Float16(value); }
+};
+#endif
+
+template <typename Rule, typename Type>
+LWAS_HD Sums advance_chunk(const Options& options, const Bias& bias, float rate, float factor,
+                           typename Type::Storage* __restrict__ param, const typename Type::Storage* __restrict__ grad,
+                           float* __restrict__ first, float* __restrict__ second, int64_t count) {
+  float length = 0, size = 0, skipped = 0;
+  const Options o = options;
+  const Bias b = bias;
+#pragma omp simd reduction(+ : length, size, skipped)
+  for (int64_t i = 0; i < count; ++i) {
+    Sums sums;
+    float weight = Type::load(param[i]), m = first[i], v = Rule::kSecond ? second[i] : 0.0f;
+    advance_element<Rule>(o, b, rate, Type::load(grad[i]) * factor, weight, m, v, sums);
+    first[i] = m;
+    if (Rule::kSecond) second[i] = v;
+    param[i] = Type::store(weight);
+    length += sums.length;
+    size += sums.size;
+    skipped += sums.skipped;
+  }
+  Sums total;
+  total.length = length;
+  total.size = size;
+  total.skipped = skipped;
+  return total;
+}
+
+template <typename Rule, typename Type>
+LWAS_HD void correct_chunk(const Options& options, const Bias& bias, float before, float rate, float factor,
+                           typename Type::Storage* __restrict__ param, const typename Type::Storage* __restrict__ grad,
+                           const float* __restrict__ first, const float* __restrict__ second, int64_t count) {
+  const Options o = options;
+  const Bias b = bias;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float v = Rule::kSecond ? second[i] : 0.0f;
+    param[i] = Type::store(
+        correct_element<Rule>(o, b, before, rate, Type::load(grad[i]) * factor, Type::load(param[i]), first[i], v));
+  }
+}
+
+// Templates cannot be cloned for instruction sets; these functions can.
+#define LWAS_LOOPS(RULE, TYPE)                                                                                       \
+  LWAS_CLONES Sums advance_##RULE##_##TYPE(const Options& o, const Bias& b, float rate, float factor, const Slot& s, \
+                                           int64_t start, int64_t count) {                                           \
+    using T = TYPE::Storage;                                                                                         \
+    return advance_chunk<RULE, TYPE>(o, b, rate, factor, static_cast<T*>(s.param) + start,                           \
+                                     static_cast<const T*>(s.grad) + start, s.first + start,                         \
+                                     RULE::kSecond ? s.second + start : nullptr, count);                             \
+  }                                                                                                                  \
+  LWAS_CLONES void correct_##RULE##_##TYPE(const Options& o, const Bias& b, float before, float rate, float factor,  \
+                                           const Slot& s, int64_t start, int64_t count) {                            \
+    using T = TYPE::Storage;                                                                                         \
+    correct_chunk<RULE, TYPE>(o, b, before, rate, factor, static_cast<T*>(s.param) + start,                          \
+                              static_cast<const T*>(s.grad) + start, s.first + start,                                \
+                              RULE::kSecond ? s.second + start : nullptr, count);                                    \
+  }
+
+LWAS_LOOPS(AdamW, Float32)
+LWAS_LOOPS(Sgd, Float32)
+LWAS_LOOPS(AdamW, BFloat16)
+LWAS_LOOPS(Sgd, BFloat16)
+#ifdef __FLT16_MAX__
+LWAS_LOOPS(AdamW, Float16)
+LWAS_LOOPS(Sgd, Float16)
+#endif
+
+struct Loops {
+  decltype(&advance_AdamW_Float32) advance;
+  decltype(&correct_AdamW_Float32) correct;
+};
+
+Loops loops_for(Rule rule, Kind kind) {
+  const bool adam = rule == Rule::kAdamW;
+  switch (kind) {
+    case Kind::kFloat32:
+      return adam ? Loops{advance_AdamW_Float32, correct_AdamW_Float32}
+                  : Loops{advance_Sgd_Float32, correct_Sgd_Float32};
+    case Kind::kBFloat16:
+      return adam ? Loops{advance_AdamW_BFloat16, correct_AdamW_BFloat16}
+                  : Loops{advance_Sgd_BFloat16, correct_Sgd_BFloat16};
+    case Kind::kFloat16:
+#ifdef __FLT16_MAX__
+      return adam ? Loops{advance_AdamW_Float16, correct_AdamW_Float16}
+                  : Loops{advance_Sgd_Float16, correct_Sgd_Float16};
+#endif
+      break;
+  }
+  throw std::runtime_error("float16 parameters: not supported by the compiler that built lwas_fast; use foreach=True");
+}
+
+struct Layer {
+  bool near;
+  double length = 0, size = 0, skipped = 0, elements = 0;
+  Settled settled;
+};
+
+}  // namespace
+
+void update_cpu(const Call& call, const ParallelFor& parallel_for) {
+  if (call.slots.empty() || (call.found_inf && *call.found_inf != 0)) return;
+  const Control& control = call.control;
+  const float factor = call.sign / (call.grad_scale ? *call.grad_scale : 1.0f);
+  const int tensors = int(call.slots.size());
+
+  std::vector<int64_t> first_chunk(tensors);
+  std::vector<Layer> layers;
+  std::vector<int> layer_of(tensors);
+  std::vector<Bias> bias(tensors);
+  int64_t chunks = 0, elements = 0;
+  for (int i = 0; i < tensors; ++i) {
+    const Slot& slot = call.slots[i];
+    loops_for(call.rule, slot.kind);  // raises before anything is changed
+    first_chunk[i] = chunks;
+    chunks += chunks_of(slot.size, kChunk);
+    elements += slot.size;
+    bias[i] = bias_of(call.options, call.steps[slot.place] + 1);
+    if (i == 0 || slot.row != call.slots[i - 1].row) {
+      layers.emplace_back();
+      layers.back().near = near_cap(control, call.table + int64_t(slot.row) * kColumns);
+    }
+    layer_of[i] = int(layers.size()) - 1;
+    layers.back().elements += double(slot.size);
+  }
+
+  const int64_t grain = std::max<int64_t>(1, kGrain * chunks / std::max<int64_t>(1, elements));
+  std::vector<Sums> partial(chunks);
+  const auto each_chunk = [&](const std::function<void(int, int64_t, int64_t, int64_t)>& body) {
+    parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
+      int tensor = tensor_of(first_chunk.data(), tensors, begin);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        while (tensor + 1 < tensors && first_chunk[tensor + 1] <= chunk) ++tensor;
+        const int64_t start = (chunk - first_chunk[tensor]) * kChunk;
+        body(tensor, chunk, start, std::min(kChunk, call.slots[tensor].size - start));
+      }
+    });
+  };
+
+  each_chunk([&](int tensor, int64_t chunk, int64_t start, int64_t count) {
+    const Slot& slot = call.slots[tensor];
+    const bool near = layers[layer_of[tensor]].near;
+    const float rate = near ? 0.0f : first_rate(control, call.table + int64_t(slot.row) * kColumns);
+    partial[chunk] =
+        loops_for(call.rule, slot.kind).advance(call.options, bias[tensor], rate, factor, slot, start, count);
+  });
+
+  bool differs = false;
+  for (int i = 0; i < tensors; ++i) {
+    Layer& layer = layers[layer_of[i]];
+    const int64_t end = i + 1 < tensors ? first_chunk[i + 1] : chunks;
+    for (int64_t chunk = first_chunk[i]; chunk < end; ++chunk) {
+      layer.length += partial[chunk].length;
+      layer.size += partial[chunk].size;
+      layer.skipped += partial[chunk].skipped;
+    }
+    if (i + 1 == tensors || layer_of[i + 1] != layer_of[i]) {
+      float* row = call.table + int64_t(call.slots[i].row) * kColumns;
+      layer.settled = settle(control, row, layer.near, layer.length, layer.size, layer.skipped, layer.elements);
+      differs |= layer.settled.differs();
+      record(layer.settled, layer.skipped, row);
+    }
+  }
+  for (int i = 0; i < tensors; ++i) call.steps[call.slots[i].place] += layers[layer_of[i]].settled.moves ? 1.0f : 0.0f;
+
+  if (!differs) return;
+  each_chunk([&](int tensor, int64_t, int64_t start, int64_t count) {
+    const Settled& settled = layers[layer_of[tensor]].settled;
+    if (!settled.differs()) return;
+    const Slot& slot = call.slots[tensor];
+    loops_for(call.rule, slot.kind)
+        .correct(call.options, bias[tensor], settled.before, settled.rate, factor, slot, start, count);
+  });
+}
+
+}  // namespace lwas

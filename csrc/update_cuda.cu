@@ -1,0 +1,265 @@
+// The fused update on CUDA: two launches for all tensors, of which the second most often finds nothing to do.
+//
+// No include of torch, so that it compiles with the toolkit alone; bindings.cpp brings device, stream and scratch.
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "multi_tensor.cuh"
+#include "update.h"
+
+namespace lwas {
+namespace {
+
+// What the first pass leaves of a chunk. `state` is the tensor's step count with this step, negative where the layer's
+// weights were left alone: the second pass must not read what its own blocks bring up to date.
+struct Partial {
+  float length, size, skipped, state;
+};
+
+struct Scalars {
+  Options options;
+  Control control;
+  float sign;
+  float* table;
+  float* steps;
+  const float* grad_scale;
+  const float* found_inf;
+  Partial* partials;
+};
+
+static_assert(sizeof(Table<kSmallTable>) + sizeof(Scalars) <= 4096, "a launch's arguments everywhere");
+static_assert(sizeof(Table<kLargeTable>) + sizeof(Scalars) <= 32764, "a launch's arguments from CUDA 12.1 on");
+
+__device__ __forceinline__ float factor_of(const Scalars& s) { return s.sign / (s.grad_scale ? *s.grad_scale : 1.0f); }
+
+// Calls body(T{}) with the element type of a tensor.
+template <typename Body>
+__device__ __forceinline__ void with_type(uint8_t kind, Body body) {
+  switch (Kind(kind & ~kAligned)) {
+    case Kind::kFloat32:
+      return body(float{});
+    case Kind::kBFloat16:
+      return body(__nv_bfloat16{});
+    case Kind::kFloat16:
+      return body(__half{});
+  }
+}
+
+template <typename Rule, int kCapacity>
+__global__ void __launch_bounds__(kThreads, 2)
+    first_pass(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Scalars s) {
+  if (s.found_inf && *s.found_inf != 0) return;
+  const int chunk = blockIdx.x;
+  const int tensor = tensor_of(table.first_chunk, table.count, chunk);
+  const int64_t start = int64_t(chunk - table.first_chunk[tensor]) * kChunk;
+  const int64_t left = table.size[tensor] - start;
+  const int count = left < kChunk ? int(left) : kChunk;
+
+  __shared__ Bias bias_shared;
+  __shared__ float state_shared, rate_shared;
+  if (threadIdx.x == 0) {  // double arithmetic, once
+    const float* row = s.table + int64_t(table.row[tensor]) * kColumns;
+    const float step = s.steps[table.place[tensor]] + 1;
+    const bool near = near_cap(s.control, row);
+    bias_shared = bias_of(s.options, step);
+    rate_shared = near ? 0.0f : first_rate(s.control, row);
+    state_shared = near ? -step : step;
+  }
+  __syncthreads();
+  const Bias bias = bias_shared;
+  const float rate = rate_shared, factor = factor_of(s);
+  const bool write = state_shared > 0;
+
+  Sums sums;
+  with_type(table.kind[tensor], [&](auto type) {
+    using T = decltype(type);
+    for_each_element<T, Rule::kSecond, true>(
+        static_cast<T*>(table.param[tensor]) + start, static_cast<const T*>(table.grad[tensor]) + start,
+        table.first[tensor] + start, table.second[tensor] + start, count, table.kind[tensor] & kAligned, write,
+        [&](float& weight, float gradient, float& m, float& v) {
+          advance_element<Rule>(s.options, bias, rate, gradient * factor, weight, m, v, sums);
+        });
+  });
+
+  __shared__ float shared[3 * 32];
+  float value[3] = {sums.length, sums.size, sums.skipped};
+  block_sum(value, shared);
+  if (threadIdx.x == 0) s.partials[table.chunk_base + chunk] = {value[0], value[1], value[2], state_shared};
+}
+
+template <typename Rule, int kCapacity>
+__global__ void __launch_bounds__(kThreads)  // seldom has work: no spills matter more than occupancy
+    second_pass(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Scalars s) {
+  if (s.found_inf && *s.found_inf != 0) return;
+  __shared__ double shared[3 * 32];
+  __shared__ Settled settled_shared;
+  __shared__ Bias bias_shared;
+  const float factor = factor_of(s);
+  // Neighbouring chunks, so that a block meets few layers and adds up each layer's partial sums once.
+  const int begin = int(int64_t(table.chunks) * blockIdx.x / gridDim.x);
+  const int end = int(int64_t(table.chunks) * (blockIdx.x + 1) / gridDim.x);
+  int row = -1;
+  for (int chunk = begin; chunk < end; ++chunk) {
+    const int tensor = tensor_of(table.first_chunk, table.count, chunk);
+    const int layer_begin = table.layer_begin[tensor], layer_end = table.layer_end[tensor];
+    const Partial own = s.partials[table.chunk_base + chunk];
+    float* statistics = s.table + int64_t(table.row[tensor]) * kColumns;
+    if (row != table.row[tensor]) {
+      row = table.row[tensor];
+      double value[3] = {0, 0, 0};
+      for (int i = layer_begin + threadIdx.x; i < layer_end; i += kThreads) {
+        const Partial partial = s.partials[i];
+        value[0] += partial.length;
+        value[1] += partial.size;
+        value[2] += partial.skipped;
+      }
+      block_sum(value, shared);
+      if (threadIdx.x == 0) {
+        settled_shared =
+            settle(s.control, statistics, own.state < 0, value[0], value[1], value[2], table.elements[tensor]);
+        // One block does the bookkeeping; the columns written here are read by no other.
+        if (table.chunk_base + chunk == layer_begin) record(settled_shared, value[2], statistics);
+      }
+      __syncthreads();
+    }
+    const Settled settled = settled_shared;
+    if (threadIdx.x == 0) {
+      if (chunk == table.first_chunk[tensor] && settled.moves) s.steps[table.place[tensor]] = fabsf(own.state);
+      if (settled.differs()) bias_shared = bias_of(s.options, fabsf(own.state));
+    }
+    if (!settled.differs()) continue;  // the same for all threads
+    __syncthreads();
+    const Bias bias = bias_shared;
+    const int64_t start = int64_t(chunk - table.first_chunk[tensor]) * kChunk;
+    const int64_t left = table.size[tensor] - start;
+    with_type(table.kind[tensor], [&](auto type) {
+      using T = decltype(type);
+      for_each_element<T, Rule::kSecond, false>(
+          static_cast<T*>(table.param[tensor]) + start, static_cast<const T*>(table.grad[tensor]) + start,
+          table.first[tensor] + start, table.second[tensor] + start, left < kChunk ? int(left) : kChunk,
+          table.kind[tensor] & kAligned, true, [&](float& weight, float gradient, float& m, float& v) {
+            weight =
+                correct_element<Rule>(s.options, bias, settled.before, settled.rate, gradient * factor, weight, m, v);
+          });
+    });
+    __syncthreads();  // before bias_shared and settled_shared are written again
+  }
+}
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("lwas_fast: ") + what + ": " + cudaGetErrorString(status));
+  }
+}
+
+bool aligned(const Slot& slot) {
+  const auto bits = reinterpret_cast<uintptr_t>(slot.param) | reinterpret_cast<uintptr_t>(slot.grad) |
+                    reinterpret_cast<uintptr_t>(slot.first) | reinterpret_cast<uintptr_t>(slot.second);
+  return bits % 16 == 0;
+}
+
+// Chunks [begin, end) and number of elements of the layer that each tensor belongs to.
+struct LayerSpan {
+  int32_t begin, end;
+  float elements;
+};
+
+std::vector<LayerSpan> layer_spans(const Call& call) {
+  const auto& slots = call.slots;
+  std::vector<LayerSpan> spans(slots.size());
+  int64_t chunk = 0;
+  for (size_t i = 0; i < slots.size();) {
+    size_t last = i;
+    const int64_t begin = chunk;
+    double elements = 0;
+    for (; last < slots.size() && slots[last].row == slots[i].row; ++last) {
+      chunk += chunks_of(slots[last].size, kChunk);
+      elements += double(slots[last].size);
+    }
+    for (; i < last; ++i) spans[i] = {int32_t(begin), int32_t(chunk), float(elements)};
+  }
+  return spans;
+}
+
+template <typename Rule, typename LaunchTable>
+void run(const Call& call, const Scalars& scalars, cudaStream_t stream) {
+  const auto spans = layer_spans(call);
+  std::vector<int64_t> sizes;
+  for (const Slot& slot : call.slots) sizes.push_back(slot.size);
+  int device = 0, processors = 0;
+  check(cudaGetDevice(&device), "no device");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device attributes");
+
+  std::vector<LaunchTable> tables;
+  for (const Launch& launch : plan(sizes, kChunk, LaunchTable::capacity)) {
+    LaunchTable& table = tables.emplace_back();
+    table.count = launch.last - launch.first;
+    table.chunk_base = int32_t(launch.start);
+    table.chunks = int32_t(launch.chunks);
+    int64_t chunk = 0;
+    for (int i = 0; i < table.count; ++i) {
+      const Slot& slot = call.slots[launch.first + i];
+      const LayerSpan& span = spans[launch.first + i];
+      table.param[i] = slot.param;
+      table.grad[i] = slot.grad;
+      table.first[i] = slot.first;
+      table.second[i] = slot.second;
+      table.size[i] = slot.size;
+      table.first_chunk[i] = int32_t(chunk);
+      table.row[i] = slot.row;
+      table.place[i] = slot.place;
+      table.layer_begin[i] = span.begin;
+      table.layer_end[i] = span.end;
+      table.elements[i] = span.elements;
+      table.kind[i] = uint8_t(slot.kind) | (aligned(slot) ? kAligned : 0);
+      chunk += chunks_of(slot.size, kChunk);
+    }
+  }
+  // A layer may lie in two launches, and the second pass needs all of it.
+  for (const LaunchTable& table : tables) {
+    first_pass<Rule, LaunchTable::capacity><<<table.chunks, kThreads, 0, stream>>>(table, scalars);
+    check(cudaGetLastError(), "launch of the update");
+  }
+  for (const LaunchTable& table : tables) {
+    const int blocks = std::min(table.chunks, 2 * processors);  // as many as run at once
+    second_pass<Rule, LaunchTable::capacity><<<blocks, kThreads, 0, stream>>>(table, scalars);
+    check(cudaGetLastError(), "launch of the update's second pass");
+  }
+}
+
+template <typename Rule>
+void run_with_table(const Call& call, const Scalars& scalars, cudaStream_t stream) {
+#if CUDART_VERSION >= 12010
+  static const bool large_tables = [] {
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
+  }();
+  if (large_tables && int(call.slots.size()) > kSmallTable) return run<Rule, Table<kLargeTable>>(call, scalars, stream);
+#endif
+  run<Rule, Table<kSmallTable>>(call, scalars, stream);
+}
+
+}  // namespace
+
+int64_t partial_rows(const Call& call) {
+  int64_t chunks = 0;
+  for (const Slot& slot : call.slots) chunks += chunks_of(slot.size, kChunk);
+  return chunks;
+}
+
+void update_cuda(const Call& call, float* partials, void* stream) {
+  if (call.slots.empty()) return;
+  const Scalars scalars{call.options, call.control,    call.sign,      call.table,
+                        call.steps,   call.grad_scale, call.found_inf, reinterpret_cast<Partial*>(partials)};
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (call.rule == Rule::kAdamW) {
+    run_with_table<AdamW>(call, scalars, on);
+  } else {
+    run_with_table<Sgd>(call, scalars, on);
+  }
+}
+
+}  // namespace lwas

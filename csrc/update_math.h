@@ -1,0 +1,202 @@
+// The optimizers' formulae, on registers: the one place where they stand in C++.
+//
+// Host and device, no include of torch. What moves the data (update_cpu.cpp, multi_tensor.cuh) knows nothing of the
+// formulae; what stands here knows nothing of memory. lwas_fast/update.py is the same in plain torch, and
+// lwas_fast/reference.py defines both.
+//
+// A step takes one pass over parameter, gradient and state, although the cap bounds a layer's step by ||W|| / ||d||,
+// which are known after the pass only. The pass therefore moves the weights by the uncapped rate where the norms of the
+// step before are far from the cap, leaves them where they are near it, and sums up the true norms. A second pass puts
+// right the layers whose step turns out to be another one, from the state just written; most often there are none.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define LWAS_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// Always: the callers are compiled for several instruction sets, and a call out of them would not be.
+#define LWAS_HD inline __attribute__((always_inline))
+#else
+#define LWAS_HD inline
+#endif
+
+namespace lwas {
+
+// What a layer's row of statistics holds; a test compares it with lwas_fast.rates.Column.
+enum Column : int {
+  kAverage = 0,
+  kWeight = 1,
+  kApplied = 6,
+  kCapped = 12,
+  kSkipped = 13,
+  kLength = 14,
+  kSize = 15,
+  kColumns = 16
+};
+
+// Hyperparameters of the direction.
+struct Options {
+  float share1, share2;  // 1 - beta, worked out in double: 1 - 0.999f is off by 1.3e-5 of itself
+  float eps, weight_decay;
+  double log_beta1, log_beta2;  // -inf where the beta is 0
+};
+
+// What turns a layer's rate into its step: the same for all layers of a call.
+struct Control {
+  float lr;  // multiplier; times *lr_tensor where that is given
+  const float* lr_tensor;
+  float ramp;         // share of the measured rate that is applied in this step
+  float warmup_rate;  // the rate in warm-up, and of layers never measured
+  bool warming;
+  float cap;           // largest ||r d|| / ||W||
+  float largest_rate;  // largest r, whatever the norms (decoupled decay); may be infinite
+  float rms_floor;     // the weights' root mean square counts as this much at least
+  float margin;        // the layer counts as near the cap when its step was within this factor of it
+};
+
+struct Bias {
+  float first;   // -1 / (1 - beta1^n)
+  float second;  // 1 / sqrt(1 - beta2^n)
+};
+
+LWAS_HD Bias bias_of(const Options& o, float step) {
+  // expm1: 1 - beta^n would cost float32 four digits at beta = 0.999.
+  return {float(-1.0 / -expm1(step * o.log_beta1)), float(1.0 / sqrt(-expm1(step * o.log_beta2)))};
+}
+
+// A gradient counts as finite when its square is: a second moment must not become infinite.
+LWAS_HD bool is_finite(float gradient) { return gradient * gradient <= 3.402823466e+38f; }
+
+// (1 - share) * average + share * value. In this form value is the outcome for share 1 to the last bit, and average =
+// value stays so for any share.
+LWAS_HD float averaged(float average, float value, float share) { return (average - share * average) + share * value; }
+
+struct AdamW {
+  static constexpr bool kSecond = true;
+  static constexpr bool kDecoupled = true;
+
+  LWAS_HD static void advance(const Options& o, float gradient, float, float& first, float& second) {
+    first = averaged(first, gradient, o.share1);
+    second = averaged(second, gradient * gradient, o.share2);
+  }
+  LWAS_HD static float direction(const Options& o, const Bias& b, float first, float second) {
+    return b.first * first / (sqrtf(second) * b.second + o.eps);
+  }
+};
+
+struct Sgd {
+  static constexpr bool kSecond = false;
+  static constexpr bool kDecoupled = false;
+
+  LWAS_HD static void advance(const Options& o, float gradient, float weight, float& first, float&) {
+    first = averaged(first, gradient + o.weight_decay * weight, o.share1);
+  }
+  LWAS_HD static float direction(const Options&, const Bias& b, float first, float) { return b.first * first; }
+};
+
+template <typename Rule>
+LWAS_HD float moved(const Options& o, float rate, float weight, float direction) {
+  return (Rule::kDecoupled ? (1.0f - rate * o.weight_decay) * weight : weight) + rate * direction;
+}
+
+template <typename Rule>
+LWAS_HD float moved_back(const Options& o, float rate, float weight, float direction) {
+  const float before = weight - rate * direction;
+  return Rule::kDecoupled ? before / (1.0f - rate * o.weight_decay) : before;
+}
+
+// What a pass sums up of a piece of a layer.
+struct Sums {
+  float length = 0, size = 0;  // ||d||^2 and ||W||^2, W before the step
+  float skipped = 0;           // elements whose gradient is not finite: left alone
+};
+
+// Selections below choose between values that are worked out in any case: that is what compilers vectorise.
+
+// First pass, one element: the state advances, the weight moves by rate * d.
+template <typename Rule>
+LWAS_HD void advance_element(const Options& o, const Bias& b, float rate, float gradient, float& weight, float& first,
+                             float& second, Sums& sums) {
+  const bool finite = is_finite(gradient);
+  float m = first, v = second;
+  Rule::advance(o, gradient, weight, m, v);
+  first = finite ? m : first;
+  if (Rule::kSecond) second = finite ? v : second;
+  const float direction = Rule::direction(o, b, m, v);
+  const float d = finite ? direction : 0.0f;
+  sums.length += d * d;
+  sums.size += weight * weight;
+  sums.skipped += finite ? 0.0f : 1.0f;
+  const float next = moved<Rule>(o, rate, weight, d);
+  weight = finite ? next : weight;
+}
+
+// Second pass, one element: the weight, which the first has moved by `before`, moves by `rate` in its stead.
+template <typename Rule>
+LWAS_HD float correct_element(const Options& o, const Bias& b, float before, float rate, float gradient, float weight,
+                              float first, float second) {
+  const float d = Rule::direction(o, b, first, second);
+  const float back = moved_back<Rule>(o, before, weight, d);
+  const float next = moved<Rule>(o, rate, before != 0.0f ? back : weight, d);
+  return is_finite(gradient) ? next : weight;
+}
+
+LWAS_HD float rate_of(const Control& c, const float* row) {
+  const bool measured = !c.warming && row[kWeight] > 0;
+  return measured ? row[kAverage] / row[kWeight] : c.warmup_rate;
+}
+
+LWAS_HD float multiplier_of(const Control& c) { return c.lr * c.ramp * (c.lr_tensor ? *c.lr_tensor : 1.0f); }
+
+// Whether the first pass is to leave a layer's weights alone, because its step may be capped. So where nothing is
+// known.
+LWAS_HD bool near_cap(const Control& c, const float* row) {
+  return !(c.margin * rate_of(c, row) * row[kLength] < c.cap * row[kSize]);
+}
+
+// The rate that the first pass moves a layer's weights by, if it does.
+LWAS_HD float first_rate(const Control& c, const float* row) {
+  const float rate = rate_of(c, row);
+  return (rate < c.largest_rate ? rate : c.largest_rate) * multiplier_of(c);
+}
+
+// What is known of a layer after the first pass.
+struct Settled {
+  float before, rate;  // what its weights were moved by, and what they are to be moved by
+  float length, size;
+  bool capped, moves;
+
+  LWAS_HD bool differs() const { return moves && before != rate; }
+};
+
+LWAS_HD Settled settle(const Control& c, const float* row, bool near, double length, double size, double skipped,
+                       double elements) {
+  Settled s;
+  const float floor = c.rms_floor * sqrtf(float(elements));
+  s.length = float(sqrt(length));
+  s.size = float(sqrt(size));
+  if (s.size < floor) s.size = floor;
+  s.moves = skipped == 0 || skipped < elements;
+  const float rate = rate_of(c, row);
+  float bound = s.length > 0 ? c.cap * s.size / s.length : INFINITY;
+  if (c.largest_rate < bound) bound = c.largest_rate;
+  s.capped = rate > bound;
+  s.before = near ? 0.0f : first_rate(c, row);
+  s.rate = (s.capped ? bound : rate) * multiplier_of(c);
+  return s;
+}
+
+// Bring a layer's row up to date.
+LWAS_HD void record(const Settled& s, double skipped, float* row) {
+  row[kApplied] = s.moves ? s.rate : 0.0f;
+  if (s.moves) {
+    row[kLength] = s.length;
+    row[kSize] = s.size;
+  }
+  row[kCapped] += s.moves && s.capped ? 1.0f : 0.0f;
+  row[kSkipped] += skipped > 0 ? 1.0f : 0.0f;
+}
+
+}  // namespace lwas

@@ -1,0 +1,95 @@
+"""One optimizer step in compiled code: all tensors of a bucket in one pass over parameter, gradient and state.
+
+`csrc/update_math.h` says how; `update.py` is the same in plain torch. Each function here hands an operator what its
+schema asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwas_fast import rates
+from lwas_fast.layers import RMS_FLOOR, Bucket, Selection
+from lwas_fast.update import Scaling
+
+# A layer whose step was within this factor of its cap has its weights moved in a second pass, when the norms are known;
+# others in the first, and corrected if they turn out to be capped. Results are the same up to rounding.
+NEAR = 2.0
+
+
+def _control(bucket: Bucket, group: dict[str, Any], decoupled: bool) -> tuple[list[float], bool, Tensor | None]:
+    """What the operators call control, whether this is warm-up, and a multiplier to be read on the device."""
+    lr, on_device = group["lr"], None
+    if isinstance(lr, Tensor):
+        if lr.device == bucket.table.device and lr.is_cuda:  # to read it here would wait for the device
+            lr, on_device = 1.0, lr.to(torch.float32)
+        else:
+            lr = float(lr)
+    warming, warmup_rate, ramp, cap, largest = rates.control(group, decoupled)
+    return [lr, ramp, warmup_rate, cap, largest, RMS_FLOOR, NEAR], warming, on_device
+
+
+def _scalar(value: Tensor | None, table: Tensor) -> Tensor | None:
+    return None if value is None else value.to(device=table.device, dtype=torch.float32)
+
+
+def adamw(
+    bucket: Bucket, selection: Selection, group: dict[str, Any], states: list[dict[str, Any]], scaling: Scaling
+) -> None:
+    """Take an AdamW step with some of a bucket's tensors.
+
+    Args:
+        bucket: Gives the table of statistics and the step counts.
+        selection: The tensors, all of which have a gradient.
+        group: Their hyperparameters.
+        states: Their states, changed in place.
+        scaling: What a GradScaler wants done with the gradients.
+
+    Raises:
+        TypeError: A dtype that the operator does not take. Nothing has been changed.
+    """
+    control, warming, lr = _control(bucket, group, decoupled=True)
+    torch.ops.lwas_fast.adamw_step(
+        selection.params,
+        [p.grad for p in selection.params],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        bucket.table,
+        bucket.steps,
+        selection.where,
+        control,
+        warming,
+        *group["betas"],
+        group["eps"],
+        group["weight_decay"],
+        group["maximize"],
+        lr,
+        _scalar(scaling.grad_scale, bucket.table),
+        _scalar(scaling.found_inf, bucket.table),
+    )
+
+
+def sgd(
+    bucket: Bucket, selection: Selection, group: dict[str, Any], states: list[dict[str, Any]], scaling: Scaling
+) -> None:
+    """Take an SGD step with momentum; see `adamw`."""
+    control, warming, lr = _control(bucket, group, decoupled=False)
+    torch.ops.lwas_fast.sgd_step(
+        selection.params,
+        [p.grad for p in selection.params],
+        [state["momentum_buffer"] for state in states],
+        bucket.table,
+        bucket.steps,
+        selection.where,
+        control,
+        warming,
+        group["momentum"],
+        group["weight_decay"],
+        group["maximize"],
+        lr,
+        _scalar(scaling.grad_scale, bucket.table),
+        _scalar(scaling.found_inf, bucket.table),
+    )
