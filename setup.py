@@ -1,7 +1,8 @@
-"""Build of lwas_fast. Metadata is in pyproject.toml; here is what must be computed: which extension this machine can build.
+"""Build of lwas_fast: what must be computed, above all which extension this machine can build.
 
-``LWAS_FAST_BUILD`` says what to build: ``auto`` (default) what the machine can, ``cuda``, ``cpu`` or ``none``. Without an
-extension the package works in plain torch. torch must be installed already: build with ``--no-build-isolation``.
+``LWAS_FAST_BUILD`` says what to build: ``auto`` (default) what the machine can, ``cuda``, ``cpu`` or ``none``; without
+an extension the package works in plain torch. torch must be there already: build with ``--no-build-isolation``. All
+metadata is in pyproject.toml.
 """
 
 import os

@@ -20,6 +20,7 @@ namespace {
 
 // 8192 elements and their state fit a core's second cache, so that the second pass over a chunk would be cheap.
 constexpr int64_t kChunk = 8192;
+constexpr int64_t kSummed = 1024;  // elements summed up in float32 before double takes over
 constexpr int64_t kGrain = 32768;  // elements worth a thread
 
 struct Float32 {
@@ -52,30 +53,38 @@ struct Float16 {
 };
 #endif
 
+struct Totals {
+  double length = 0, size = 0, skipped = 0;
+};
+
 template <typename Rule, typename Type>
-LWAS_HD Sums advance_chunk(const Options& options, const Bias& bias, float rate, float factor,
-                           typename Type::Storage* __restrict__ param, const typename Type::Storage* __restrict__ grad,
-                           float* __restrict__ first, float* __restrict__ second, int64_t count) {
-  float length = 0, size = 0, skipped = 0;
+LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rate, float factor,
+                             typename Type::Storage* __restrict__ param,
+                             const typename Type::Storage* __restrict__ grad, float* __restrict__ first,
+                             float* __restrict__ second, int64_t count) {
   const Options o = options;
   const Bias b = bias;
+  Totals totals;
+  for (int64_t begin = 0; begin < count; begin += kSummed) {
+    const int64_t end = std::min(count, begin + kSummed);
+    float length = 0, size = 0, skipped = 0;
 #pragma omp simd reduction(+ : length, size, skipped)
-  for (int64_t i = 0; i < count; ++i) {
-    Sums sums;
-    float weight = Type::load(param[i]), m = first[i], v = Rule::kSecond ? second[i] : 0.0f;
-    advance_element<Rule>(o, b, rate, Type::load(grad[i]) * factor, weight, m, v, sums);
-    first[i] = m;
-    if (Rule::kSecond) second[i] = v;
-    param[i] = Type::store(weight);
-    length += sums.length;
-    size += sums.size;
-    skipped += sums.skipped;
+    for (int64_t i = begin; i < end; ++i) {
+      Sums sums;
+      float weight = Type::load(param[i]), m = first[i], v = Rule::kSecond ? second[i] : 0.0f;
+      advance_element<Rule>(o, b, rate, Type::load(grad[i]) * factor, weight, m, v, sums);
+      first[i] = m;
+      if (Rule::kSecond) second[i] = v;
+      param[i] = Type::store(weight);  // at rate 0 what it was
+      length += sums.length;
+      size += sums.size;
+      skipped += sums.skipped;
+    }
+    totals.length += length;
+    totals.size += size;
+    totals.skipped += skipped;
   }
-  Sums total;
-  total.length = length;
-  total.size = size;
-  total.skipped = skipped;
-  return total;
+  return totals;
 }
 
 template <typename Rule, typename Type>
@@ -93,20 +102,20 @@ LWAS_HD void correct_chunk(const Options& options, const Bias& bias, float befor
 }
 
 // Templates cannot be cloned for instruction sets; these functions can.
-#define LWAS_LOOPS(RULE, TYPE)                                                                                       \
-  LWAS_CLONES Sums advance_##RULE##_##TYPE(const Options& o, const Bias& b, float rate, float factor, const Slot& s, \
-                                           int64_t start, int64_t count) {                                           \
-    using T = TYPE::Storage;                                                                                         \
-    return advance_chunk<RULE, TYPE>(o, b, rate, factor, static_cast<T*>(s.param) + start,                           \
-                                     static_cast<const T*>(s.grad) + start, s.first + start,                         \
-                                     RULE::kSecond ? s.second + start : nullptr, count);                             \
-  }                                                                                                                  \
-  LWAS_CLONES void correct_##RULE##_##TYPE(const Options& o, const Bias& b, float before, float rate, float factor,  \
-                                           const Slot& s, int64_t start, int64_t count) {                            \
-    using T = TYPE::Storage;                                                                                         \
-    correct_chunk<RULE, TYPE>(o, b, before, rate, factor, static_cast<T*>(s.param) + start,                          \
-                              static_cast<const T*>(s.grad) + start, s.first + start,                                \
-                              RULE::kSecond ? s.second + start : nullptr, count);                                    \
+#define LWAS_LOOPS(RULE, TYPE)                                                                                         \
+  LWAS_CLONES Totals advance_##RULE##_##TYPE(const Options& o, const Bias& b, float rate, float factor, const Slot& s, \
+                                             int64_t start, int64_t count) {                                           \
+    using T = TYPE::Storage;                                                                                           \
+    return advance_chunk<RULE, TYPE>(o, b, rate, factor, static_cast<T*>(s.param) + start,                             \
+                                     static_cast<const T*>(s.grad) + start, s.first + start,                           \
+                                     RULE::kSecond ? s.second + start : nullptr, count);                               \
+  }                                                                                                                    \
+  LWAS_CLONES void correct_##RULE##_##TYPE(const Options& o, const Bias& b, float before, float rate, float factor,    \
+                                           const Slot& s, int64_t start, int64_t count) {                              \
+    using T = TYPE::Storage;                                                                                           \
+    correct_chunk<RULE, TYPE>(o, b, before, rate, factor, static_cast<T*>(s.param) + start,                            \
+                              static_cast<const T*>(s.grad) + start, s.first + start,                                  \
+                              RULE::kSecond ? s.second + start : nullptr, count);                                      \
   }
 
 LWAS_LOOPS(AdamW, Float32)
@@ -177,7 +186,7 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
   }
 
   const int64_t grain = std::max<int64_t>(1, kGrain * chunks / std::max<int64_t>(1, elements));
-  std::vector<Sums> partial(chunks);
+  std::vector<Totals> partial(chunks);
   const auto each_chunk = [&](const std::function<void(int, int64_t, int64_t, int64_t)>& body) {
     parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
       int tensor = tensor_of(first_chunk.data(), tensors, begin);

@@ -16,10 +16,6 @@ from lwas_fast.triton_kernels import triton_version
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _release(version: str) -> str:
-    return ".".join(version.split(".")[:2])
-
-
 def load_extension(version: str = torch.__version__) -> tuple[ModuleType | None, str]:
     """Import the compiled update that fits a torch, which registers its operators.
 
@@ -29,7 +25,7 @@ def load_extension(version: str = torch.__version__) -> tuple[ModuleType | None,
     Returns:
         The module, or None; and, if None, why.
     """
-    wanted = "_C_torch" + _release(version).replace(".", "_")
+    wanted = "_C_torch" + "_".join(version.split(".")[:2])
     try:
         return importlib.import_module(f"lwas_fast.{wanted}"), ""
     except ImportError as error:
@@ -39,10 +35,7 @@ def load_extension(version: str = torch.__version__) -> tuple[ModuleType | None,
             return None, f"it cannot be loaded ({error}); build it anew: {rebuild}"
         if found:
             built = ", ".join(name.removeprefix("_C_torch").replace("_", ".") for name in found)
-            return (
-                None,
-                f"it was built for torch {built} and this is torch {_release(version)}; build it anew: {rebuild}",
-            )
+            return None, f"it was built for torch {built}, and this is torch {version}; build it anew: {rebuild}"
         return None, "it was not built (no C++ compiler then, or LWAS_FAST_BUILD=none)"
 
 

@@ -16,20 +16,20 @@ from lwas_fast.layers import RMS_FLOOR, Bucket, Selection
 from lwas_fast.update import Scaling
 
 # A layer whose step was within this factor of its cap has its weights moved in a second pass, when the norms are known;
-# others in the first, and corrected if they turn out to be capped. Results are the same up to rounding.
-NEAR = 2.0
+# others in the first, and corrected if they turn out to be capped. Results are the same up to rounding: that of the
+# uncapped step in the parameter's dtype, where a correction was needed. It takes a direction that many times as long as
+# the one before.
+NEAR = 4.0
 
 
 def _control(bucket: Bucket, group: dict[str, Any], decoupled: bool) -> tuple[list[float], bool, Tensor | None]:
     """What the operators call control, whether this is warm-up, and a multiplier to be read on the device."""
-    lr, on_device = group["lr"], None
-    if isinstance(lr, Tensor):
-        if lr.device == bucket.table.device and lr.is_cuda:  # to read it here would wait for the device
-            lr, on_device = 1.0, lr.to(torch.float32)
-        else:
-            lr = float(lr)
+    lr: float | Tensor = group["lr"]
+    on_device = None
+    if isinstance(lr, Tensor) and lr.is_cuda and lr.device == bucket.table.device:
+        on_device, lr = lr.to(torch.float32), 1.0  # to read it here would wait for the device
     warming, warmup_rate, ramp, cap, largest = rates.control(group, decoupled)
-    return [lr, ramp, warmup_rate, cap, largest, RMS_FLOOR, NEAR], warming, on_device
+    return [float(lr), ramp, warmup_rate, cap, largest, RMS_FLOOR, NEAR], warming, on_device
 
 
 def _scalar(value: Tensor | None, table: Tensor) -> Tensor | None:

@@ -188,8 +188,9 @@ def make_buckets(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict
                 )
             devices.setdefault(param.device, []).append(i)
         for device, members in devices.items():
-            rows = {name: r for r, name in enumerate(dict.fromkeys(group["layer_names"][i] for i in members))}
-            members.sort(key=lambda i, rows=rows, group=group: rows[group["layer_names"][i]])
+            layers = [group["layer_names"][i] for i in members]
+            rows = {name: r for r, name in enumerate(dict.fromkeys(layers))}
+            members = [i for _, i in sorted(zip(map(rows.__getitem__, layers), members, strict=True))]
             params = [group["params"][i] for i in members]
             row = [rows[group["layer_names"][i]] for i in members]
             double = any(param.dtype == torch.float64 for param in params)

@@ -24,8 +24,9 @@ Every step, with the gradient as it then stands (clipped, accumulated):
     r = min(rate, a) · lr · min(1, (k − warmup_steps + 1)/ramp_steps)    (warm-up: min(warmup_rate, a) · lr)
     W ← W + rd (SGD)    W ← (1 − rγ)W + rd (AdamW)
 
-NaN, Inf, ρ ≤ 0 (and c ≤ 0 under "skip") leave a layer's statistics alone. An element whose squared gradient is
-not finite is left alone, and is no part of ‖d‖; n counts the updates that leave some element alive. From the summary: ρ, δ², t, its bound, T, γ, warm-up, EMA. Ours: all else, from probes to guards.
+NaN, Inf, ρ ≤ 0 (and c ≤ 0 under "skip") leave a layer's statistics alone. An element whose squared gradient is not
+finite is left alone and no part of ‖d‖; n counts updates that leave any element alive. From the summary: ρ, δ²,
+t, its bound, T, γ, warm-up, EMA. Ours: all else, from probes to guards.
 """
 
 import dataclasses

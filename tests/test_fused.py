@@ -1,0 +1,328 @@
+"""The compiled update against the one in plain torch, and the operators themselves.
+
+Catches: a formula, order or rounding that differs between the two; memory orders, odd sizes and alignments that lose
+elements; the second pass (layers near their cap, layers that turn out to be capped) giving another step than the first;
+an extension of another torch being loaded; errors that come after something was changed.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import CASE_IDS, CASES, OPTIMIZERS, batches, small_net, train
+
+from lwas_fast import AdamWLW, backends
+from lwas_fast.rates import Column
+
+pytestmark = pytest.mark.skipif(backends.EXTENSION is None, reason=f"no compiled update: {backends.MISSING}")
+EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
+# Absolute and relative; about three times the worst seen. Half precision: one unit in the last place.
+TOLERANCE = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 8e-3), torch.float16: (1e-7, 1e-3)}
+
+
+def assert_close(one: list[torch.Tensor], two: list[torch.Tensor], factor: float = 1.0) -> None:
+    for a, b in zip(one, two, strict=True):
+        atol, rtol = TOLERANCE[a.dtype]
+        torch.testing.assert_close(a, b, atol=factor * atol, rtol=factor * rtol, equal_nan=True)
+
+
+def both(kind: str, params: list[torch.Tensor], **options: object) -> list[tuple[list, torch.optim.Optimizer]]:
+    """The same parameters twice, under the compiled and the plain update; tensors named to be layers of two."""
+    found = []
+    for implementation in ({"fused": True}, {"foreach": True}):
+        own = copy.deepcopy(params)
+        named = [(f"layer{i // 2}.{i % 2}", p) for i, p in enumerate(own)]
+        found.append(
+            (own, OPTIMIZERS[kind](named, update_every=10**9, warmup_steps=10**9, **options, **implementation))
+        )
+    return found
+
+
+def step_alike(pairs: list, gradients: list[torch.Tensor]) -> None:
+    for params, opt in pairs:
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone(memory_format=torch.preserve_format)
+        opt.step()
+
+
+def compare(pairs: list, factor: float = 1.0) -> None:
+    (mine, one), (theirs, two) = pairs
+    assert_close(mine, theirs, factor)
+    for p, q in zip(mine, theirs, strict=True):
+        assert one.state[p].keys() == two.state[q].keys()
+        for name, value in one.state[p].items():
+            torch.testing.assert_close(
+                value, two.state[q][name], atol=1e-6 * factor, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("kind", "name", "options"), CASES, ids=CASE_IDS)
+def test_training_agrees_over_the_table_of_options(kind, name, options, dtype):
+    if dtype == torch.float16 and name != "defaults":
+        pytest.skip("two half precisions differ in the loads and stores only")
+    found, data = [], batches(8 if dtype == torch.float32 else 2, dtype)
+    for implementation in ("fused", "foreach"):
+        model = small_net(dtype)
+        train(OPTIMIZERS[kind](model.named_parameters(), **options, **{implementation: True}), model, data)
+        found.append([p.detach() for p in model.parameters()])
+    # Rates measured after the first step differ by the rounding of the weights; "joint" cancels.
+    assert_close(*found, factor=10 if name in ("joint", "no_cap") or dtype != torch.float32 else 1)
+
+
+SIZES = [0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 8191, 8192, 8193, 20000]
+
+
+@EACH
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_sizes_and_alignments(kind, dtype, offset):
+    params = [torch.randn(n + offset, dtype=dtype)[offset:].requires_grad_() for n in SIZES]
+    pairs = both(kind, params)
+    for _ in range(3):
+        step_alike(pairs, [torch.randn_like(p) for p in params])
+    compare(pairs)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_orders(kind, dtype):
+    square = torch.randn(12, 7, dtype=dtype)
+    images = torch.randn(4, 3, 5, 5, dtype=dtype)
+    params = [
+        square.t(),  # dense, another order
+        images.contiguous(memory_format=torch.channels_last),
+        torch.randn(12, 14, dtype=dtype)[:, ::2],  # not dense
+        torch.randn(6, 8, dtype=dtype)[:, 2:5],
+        torch.randn((), dtype=dtype),
+    ]
+    params = [p.detach().requires_grad_() for p in params]
+    pairs = both(kind, params)
+    for k in range(3):
+        gradients = [torch.randn(p.shape, dtype=dtype) for p in params]  # contiguous: not the parameter's order
+        if k == 1:
+            gradients[0] = torch.randn(7, 1, dtype=dtype).expand(7, 12)
+        step_alike(pairs, gradients)
+    compare(pairs)
+    for params, _ in pairs:
+        assert params[0].stride() == (1, 7)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_turn_out_capped_after_the_first_pass(kind, dtype):
+    """Steps far from the cap, then a gradient a hundred times as large: moved, found capped, corrected."""
+    params = [torch.randn(3000, dtype=dtype).requires_grad_(), torch.randn(50, dtype=dtype).requires_grad_()]
+    rate = 4e-3
+    options = {"cap": 0.02, "warmup_rate": rate, "weight_decay": 0.1}
+    options |= {"betas": (0.0, 0.9999)} if kind == "adamw" else {"momentum": 0.5}
+    pairs = both(kind, params, **options)
+    (_, one), (_, two) = pairs
+    counts = []
+    for scale in [1] * 100 + [100, 100, 0.01, 1, 100]:
+        step_alike(pairs, [scale * torch.randn_like(p) for p in params])
+        assert [r["capped"] for r in one.diagnostics().values()] == [r["capped"] for r in two.diagnostics().values()]
+        counts.append(one.diagnostics()["layer0"]["capped"])
+    assert counts[99] == 0
+    assert counts[99] < counts[100] < counts[-1]
+    if dtype == torch.float32:
+        compare(pairs, factor=5)
+    else:  # what was moved and moved back has been rounded at the size of the uncapped step, up to rate * 400
+        for p, q in zip(pairs[0][0], pairs[1][0], strict=True):
+            torch.testing.assert_close(p, q, atol=2**-8 * rate * 400, rtol=2**-5)
+
+
+@EACH
+def test_not_finite_gradients_leave_their_elements_alone(kind):
+    params = [torch.randn(40).requires_grad_(), torch.randn(9).requires_grad_(), torch.randn(5).requires_grad_()]
+    pairs = both(kind, params, weight_decay=0.1)
+    step_alike(pairs, [torch.randn_like(p) for p in params])
+    before = [p.clone() for p in pairs[0][0]]
+    state = copy.deepcopy([pairs[0][1].state[p] for p in pairs[0][0]])
+    gradients = [torch.randn_like(p) for p in params]
+    gradients[0][3], gradients[0][7], gradients[0][11] = torch.nan, torch.inf, 1e30  # whose square overflows
+    gradients[2].fill_(torch.nan)
+    step_alike(pairs, gradients)
+    compare(pairs)
+    mine, opt = pairs[0]
+    for i in (3, 7, 11):
+        assert mine[0][i] == before[0][i]
+        assert all(opt.state[mine[0]][name][i] == state[0][name][i] for name in opt._buffers)
+    assert (mine[0] != before[0]).sum() == 37
+    assert torch.equal(mine[2], before[2])
+    assert opt.state[mine[2]]["step"] == 1  # a layer of which nothing moves does not count
+    assert opt.state[mine[0]]["step"] == 2
+    assert [row["skipped"] for row in opt.diagnostics().values()] == [1, 1]
+
+
+@EACH
+def test_a_step_worked_by_hand(kind):
+    p = torch.tensor([1.0, -2.0, 3.0, -4.0]).requires_grad_()
+    opt = OPTIMIZERS[kind]([p], warmup_rate=0.01, warmup_steps=5, weight_decay=0.5, cap=1e9, fused=True)
+    p.grad = torch.tensor([0.5, -0.5, 1.0, 0.0])
+    opt.step()
+    if kind == "adamw":  # bias correction makes the first direction -sign(g); decay 1 - 0.01 * 0.5
+        expected = [0.995 - 0.01, -1.99 + 0.01, 2.985 - 0.01, -3.98]
+    else:  # and the first momentum g + 0.5 W = (1, -1.5, 2.5, -2)
+        expected = [1 - 0.01, -2 + 0.015, 3 - 0.025, -4 + 0.02]
+    torch.testing.assert_close(p.detach(), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+@EACH
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_what_a_grad_scaler_sets(kind, found):
+    params = [torch.randn(30).requires_grad_(), torch.randn(4).requires_grad_()]
+    pairs = both(kind, params)
+    plain = both(kind, params)
+    step_alike(pairs, [torch.ones_like(p) for p in params])
+    step_alike(plain, [torch.ones_like(p) for p in params])
+    gradients = [torch.randn_like(p) for p in params]
+    before = [p.clone() for p in pairs[0][0]]
+    rows = pairs[0][1].diagnostics()
+    for _, opt in pairs:
+        opt.grad_scale, opt.found_inf = torch.tensor(256.0), torch.tensor(found)
+    step_alike(pairs, [g * 256 for g in gradients])
+    compare(pairs)
+    if found:
+        assert all(torch.equal(a, b) for a, b in zip(before, pairs[0][0], strict=True))
+        assert pairs[0][1].diagnostics() == rows
+    else:
+        step_alike(plain, gradients)
+        compare([pairs[0], plain[0]])
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_lists_agree(kind, dtype):
+    """What fuzz_update.cpp cannot reach: views, orders and gradients as torch has them."""
+    dice = torch.Generator().manual_seed(5)
+
+    def number(high: int) -> int:
+        return int(torch.randint(high, (), generator=dice))
+
+    def tensor(kept: bool) -> torch.Tensor:
+        shape = [number(20) for _ in range(1 + number(3))]
+        made = torch.randn([n + 2 for n in shape], generator=dice).to(dtype)
+        for axis, n in enumerate(shape):
+            made = made.narrow(axis, number(3), n)
+        made = made.transpose(0, -1) if number(2) else made
+        return made if kept else made.contiguous()
+
+    for _ in range(60):
+        params = [tensor(kept=bool(number(2))).detach().requires_grad_() for _ in range(number(8) + 1)]
+        pairs = both(kind, params, cap=[0.01, 10.0][number(2)])
+        for _ in range(2):
+            step_alike(pairs, [torch.randn(p.shape, generator=dice).to(dtype) * 10 ** number(3) for p in params])
+        compare(pairs, factor=4)
+
+
+@EACH
+def test_versions_go_up(kind):
+    p = torch.randn(5).requires_grad_()
+    opt = OPTIMIZERS[kind]([p], fused=True)
+    saved = (p * p).sum()  # keeps p for its backward
+    p.grad = torch.ones(5)
+    version = p._version
+    opt.step()
+    assert p._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+def operator_arguments(kind: str) -> tuple:
+    params, grads, first, second = ([torch.rand(4, 3), torch.rand(5)] for _ in range(4))
+    table, steps = torch.zeros(1, len(Column)), torch.zeros(2)
+    where, control = torch.tensor([[0, 0], [0, 1]]), [1.0, 1.0, 1e-2, 0.1, 10.0, 0.01, 2.0]
+    common = (table, steps, where, control, False)
+    if kind == "adamw":
+        return (params, grads, first, second, *common, 0.9, 0.999, 1e-8, 0.01, False)
+    return (params, grads, first, *common, 0.9, 0.01, False)
+
+
+@EACH
+def test_opcheck(kind):
+    operator = getattr(torch.ops.lwas_fast, f"{kind}_step").default
+    assert set(torch.library.opcheck(operator, operator_arguments(kind)).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "error", "words"),
+    [
+        (1, [torch.rand(4, 3)], ValueError, "different lengths"),
+        (1, [torch.rand(4, 3), torch.rand(5).double()], TypeError, r"grads\[1\] is Double, not Float"),
+        (1, [torch.rand(3, 4), torch.rand(5)], ValueError, r"grads\[0\] is of shape \[3, 4\]"),
+        (2, [torch.rand(4, 3), torch.rand(5).half()], TypeError, r"first moments\[1\] is Half"),
+        (4, torch.zeros(1, 3), ValueError, "table must be"),
+        (5, torch.zeros(2).double(), ValueError, "steps must be"),
+        (6, torch.tensor([[0, 0], [7, 1]]), ValueError, r"where\[1\]: row 7"),
+        (6, torch.tensor([[0, 0], [0, 2]]), ValueError, r"where\[1\]: place 2"),
+        (7, [1.0], ValueError, "control has 1 numbers"),
+    ],
+)
+def test_operator_refuses_before_it_changes_anything(position, value, error, words):
+    arguments = list(operator_arguments("adamw"))
+    arguments[position] = value
+    before = copy.deepcopy(arguments[0])
+    with pytest.raises(error, match=words):
+        torch.ops.lwas_fast.adamw_step(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(before, arguments[0], strict=True))
+
+
+def test_columns_are_those_of_the_rates():
+    columns = backends.EXTENSION.build_info()["columns"]
+    assert columns.pop("count") == len(Column)
+    assert columns == {name: Column[name] for name in columns}
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 58])
+@pytest.mark.parametrize("count", [0, 1, 57, 58, 59, 1000])
+def test_plan_covers_every_chunk_once(count, capacity):
+    sizes = torch.randint(0, 300, (count,)).tolist()
+    chunks = [max(1, -(-size // 32)) for size in sizes]
+    seen_tensors, seen_chunks = [], 0
+    for first, last, start, total in backends.EXTENSION.plan(sizes, chunk=32, capacity=capacity):
+        assert 0 < last - first <= capacity
+        assert start == seen_chunks
+        assert total == sum(chunks[first:last])
+        seen_tensors += range(first, last)
+        seen_chunks += total
+        starts = [sum(chunks[first:i]) for i in range(first, last)]
+        owners = [backends.EXTENSION.tensor_of(starts, chunk) for chunk in range(total)]
+        assert owners == [i for i in range(last - first) for _ in range(chunks[first + i])]
+    assert seen_tensors == list(range(count))
+    assert seen_chunks == sum(chunks)
+
+
+def test_plan_counts_past_32_bits():
+    launches = backends.EXTENSION.plan([2**40, 5], chunk=1024, capacity=58)
+    assert launches == [(0, 2, 0, 2**30 + 1)]
+
+
+def test_extension_of_another_torch_is_named_and_the_plain_update_serves(monkeypatch):
+    module, reason = backends.load_extension("9.8.7")
+    assert module is None
+    assert f"built for torch {'.'.join(torch.__version__.split('.')[:2])}, and this is torch 9.8.7" in reason
+    monkeypatch.setattr(backends, "EXTENSION", None)
+    monkeypatch.setattr(backends, "MISSING", reason)
+    p = torch.randn(5).requires_grad_()
+    with pytest.raises(RuntimeError, match="fused=True.*no compiled update.*9.8.7.*build it anew"):
+        AdamWLW([p], fused=True)
+    opt = AdamWLW([p])
+    p.grad = torch.ones(5)
+    before = p.detach().clone()
+    opt.step()
+    assert not torch.equal(p, before)
+
+
+def test_which_implementation_serves():
+    def chosen(dtype: torch.dtype = torch.float32, **options: object) -> str:
+        opt = AdamWLW([torch.zeros(3, dtype=dtype).requires_grad_()], **options)
+        return backends.update_implementation(opt.param_groups[0], opt._buckets[0])
+
+    assert chosen() == chosen(torch.bfloat16) == chosen(fused=True) == "fused"
+    assert chosen(torch.float64) == chosen(fused=False) == chosen(foreach=True) == "foreach"
+    assert chosen(foreach=False) == "single"
+    with pytest.raises(RuntimeError, match="float64 parameters"):
+        chosen(torch.float64, fused=True)
