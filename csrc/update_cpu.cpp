@@ -18,9 +18,9 @@
 namespace lwas {
 namespace {
 
-// 8192 elements and their state fit a core's second cache, so that the second pass over a chunk would be cheap.
-constexpr int64_t kChunk = 8192;
-constexpr int64_t kSummed = 1024;  // elements summed up in float32 before double takes over
+// 16384 elements and their state fit a core's second cache, so that the second pass over a chunk would be cheap.
+constexpr int64_t kChunk = 16384;
+constexpr int64_t kSummed = 4096;  // elements summed up in float32 before double takes over
 constexpr int64_t kGrain = 32768;  // elements worth a thread
 
 struct Float32 {

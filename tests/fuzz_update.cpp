@@ -63,7 +63,7 @@ struct Tensor {
 
 int64_t any_size() {
   if (one_in(8)) return 0;
-  if (one_in(12)) return whole(8190, 8194);
+  if (one_in(12)) return whole(16382, 16386);
   if (one_in(60)) return whole(1000, 70000);
   return whole(1, 400);
 }

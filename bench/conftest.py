@@ -1,0 +1,25 @@
+"""What a benchmark's JSON says of the machine: the device and versions, and not the machine's name."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from lwas_fast.backends import describe
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    """Add what matters to us and drop what tells of the owner."""
+    machine_info.pop("node", None)
+    machine_info["lwas_fast"] = dict(describe())
+    machine_info["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@pytest.fixture
+def device() -> str:
+    """The GPU where there is one."""
+    return DEVICE
