@@ -4,6 +4,7 @@
 #   make demo       train a small CNN, no learning rate given; ARGS="--steps 200" passes options on
 #   make test       everything that takes seconds; ARGS="-k demo" passes options on
 #   make test-slow  what takes minutes
+#   make bench      the update against torch's own, about 4 minutes; JSON in bench/results/, a table at the end
 #   make lint       ruff, mypy, clang-format
 #   make clean      start over
 #
@@ -21,12 +22,13 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 # One stamp for each choice of interpreter and torch: another choice makes the environment anew.
 BASE := $(VENV)/base-$(firstword $(shell printf '%s' '$(PYTHON) $(TORCH)' | cksum))
 READY := $(VENV)/ready
+CSRC := $(wildcard csrc/*)
 
 # Threads that wait sleep instead of spinning: a little slower on an idle machine, twenty times faster on one whose
 # cores are busy with something else.
 demo test test-slow: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow bench lint clean
 
 demo: $(READY)
 	$(PY) -m lwas_fast.demo $(ARGS)
@@ -37,23 +39,26 @@ test: $(READY)
 test-slow: $(READY)
 	$(PY) -m pytest -m slow $(ARGS)
 
+bench: $(READY)
+	$(PY) -m pytest bench -q --benchmark-quiet --benchmark-json=bench/results/update.json $(ARGS)
+	$(PY) bench/report.py bench/results/update.json
+
 # Through its module: the command may lie beside another interpreter, whose packages are shared.
 CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'
-CSRC := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(if $(CSRC),$(CLANG_FORMAT) --dry-run --Werror $(CSRC))
+	$(CLANG_FORMAT) --dry-run --Werror $(CSRC) tests/fuzz_update.cpp
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	if [ -e $(VENV)/made-by-make ]; then rm -rf $(VENV); fi
 
-# setuptools first: without build isolation the build uses the environment's own, and a fresh one may have none.
-$(READY): $(BASE) pyproject.toml setup.py
-	$(PIP) 'setuptools>=77'
+# These first: without build isolation the build uses the environment's own, and a fresh one may have none.
+$(READY): $(BASE) pyproject.toml setup.py $(CSRC)
+	$(PIP) 'setuptools>=77' ninja
 	$(PIP) --no-build-isolation -e '.[demo,test,lint]' -c $(VENV)/constraints
 	@touch $@
 

@@ -49,7 +49,7 @@ __device__ __forceinline__ void with_type(uint8_t kind, Body body) {
 }
 
 template <typename Rule, int kCapacity>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     first_pass(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Scalars s) {
   if (s.found_inf && *s.found_inf != 0) return;
   const int chunk = blockIdx.x;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <typename Rule, int kCapacity>
-__global__ void __launch_bounds__(kThreads)  // seldom has work: no spills matter more than occupancy
+__global__ void __launch_bounds__(kThreads, kBlocks)
     second_pass(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Scalars s) {
   if (s.found_inf && *s.found_inf != 0) return;
   __shared__ double shared[3 * 32];
@@ -224,7 +224,7 @@ void run(const Call& call, const Scalars& scalars, cudaStream_t stream) {
     check(cudaGetLastError(), "launch of the update");
   }
   for (const LaunchTable& table : tables) {
-    const int blocks = std::min(table.chunks, 2 * processors);  // as many as run at once
+    const int blocks = std::min(table.chunks, kBlocks * processors);  // as many as run at once
     second_pass<Rule, LaunchTable::capacity><<<blocks, kThreads, 0, stream>>>(table, scalars);
     check(cudaGetLastError(), "launch of the update's second pass");
   }

@@ -22,6 +22,14 @@ EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
 TOLERANCE = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 8e-3), torch.float16: (1e-7, 1e-3)}
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def assert_close(one: list[torch.Tensor], two: list[torch.Tensor], factor: float = 1.0) -> None:
     for a, b in zip(one, two, strict=True):
         atol, rtol = TOLERANCE[a.dtype]
@@ -60,12 +68,13 @@ def compare(pairs: list, factor: float = 1.0) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("kind", "name", "options"), CASES, ids=CASE_IDS)
-def test_training_agrees_over_the_table_of_options(kind, name, options, dtype):
+def test_training_agrees_over_the_table_of_options(kind, name, options, dtype, device):
     if dtype == torch.float16 and name != "defaults":
         pytest.skip("two half precisions differ in the loads and stores only")
     found, data = [], batches(8 if dtype == torch.float32 else 2, dtype)
+    data = [(x.to(device), y.to(device)) for x, y in data]
     for implementation in ("fused", "foreach"):
-        model = small_net(dtype)
+        model = small_net(dtype).to(device)
         train(OPTIMIZERS[kind](model.named_parameters(), **options, **{implementation: True}), model, data)
         found.append([p.detach() for p in model.parameters()])
     # Rates measured after the first step differ by the rounding of the weights; "joint" cancels.
@@ -78,8 +87,8 @@ SIZES = [0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 4095, 4097, 16383, 16384, 16385,
 @EACH
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("offset", [0, 1, 3])
-def test_sizes_and_alignments(kind, dtype, offset):
-    params = [torch.randn(n + offset, dtype=dtype)[offset:].requires_grad_() for n in SIZES]
+def test_sizes_and_alignments(kind, dtype, offset, device):
+    params = [torch.randn(n + offset, dtype=dtype, device=device)[offset:].requires_grad_() for n in SIZES]
     pairs = both(kind, params)
     for _ in range(3):
         step_alike(pairs, [torch.randn_like(p) for p in params])
@@ -88,7 +97,7 @@ def test_sizes_and_alignments(kind, dtype, offset):
 
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_orders(kind, dtype):
+def test_memory_orders(kind, dtype, device):
     square = torch.randn(12, 7, dtype=dtype)
     images = torch.randn(4, 3, 5, 5, dtype=dtype)
     params = [
@@ -98,12 +107,14 @@ def test_memory_orders(kind, dtype):
         torch.randn(6, 8, dtype=dtype)[:, 2:5],
         torch.randn((), dtype=dtype),
     ]
-    params = [p.detach().requires_grad_() for p in params]
+    params = [p.to(device).detach().requires_grad_() for p in params]
     pairs = both(kind, params)
     for k in range(3):
-        gradients = [torch.randn(p.shape, dtype=dtype) for p in params]  # contiguous: not the parameter's order
+        gradients = [
+            torch.randn(p.shape, dtype=dtype, device=device) for p in params
+        ]  # contiguous: not the parameter's order
         if k == 1:
-            gradients[0] = torch.randn(7, 1, dtype=dtype).expand(7, 12)
+            gradients[0] = torch.randn(7, 1, dtype=dtype, device=device).expand(7, 12)
         step_alike(pairs, gradients)
     compare(pairs)
     for params, _ in pairs:
@@ -112,9 +123,9 @@ def test_memory_orders(kind, dtype):
 
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_that_turn_out_capped_after_the_first_pass(kind, dtype):
+def test_layers_that_turn_out_capped_after_the_first_pass(kind, dtype, device):
     """Steps far from the cap, then a gradient a hundred times as large: moved, found capped, corrected."""
-    params = [torch.randn(3000, dtype=dtype).requires_grad_(), torch.randn(50, dtype=dtype).requires_grad_()]
+    params = [torch.randn(n, dtype=dtype, device=device).requires_grad_() for n in (3000, 50)]
     rate = 4e-3
     options = {"cap": 0.02, "warmup_rate": rate, "weight_decay": 0.1}
     options |= {"betas": (0.0, 0.9999)} if kind == "adamw" else {"momentum": 0.5}
@@ -135,8 +146,8 @@ def test_layers_that_turn_out_capped_after_the_first_pass(kind, dtype):
 
 
 @EACH
-def test_not_finite_gradients_leave_their_elements_alone(kind):
-    params = [torch.randn(40).requires_grad_(), torch.randn(9).requires_grad_(), torch.randn(5).requires_grad_()]
+def test_not_finite_gradients_leave_their_elements_alone(kind, device):
+    params = [torch.randn(n, device=device).requires_grad_() for n in (40, 9, 5)]
     pairs = both(kind, params, weight_decay=0.1)
     step_alike(pairs, [torch.randn_like(p) for p in params])
     before = [p.clone() for p in pairs[0][0]]
@@ -172,8 +183,8 @@ def test_a_step_worked_by_hand(kind):
 
 @EACH
 @pytest.mark.parametrize("found", [0.0, 1.0])
-def test_what_a_grad_scaler_sets(kind, found):
-    params = [torch.randn(30).requires_grad_(), torch.randn(4).requires_grad_()]
+def test_what_a_grad_scaler_sets(kind, found, device):
+    params = [torch.randn(n, device=device).requires_grad_() for n in (30, 4)]
     pairs = both(kind, params)
     plain = both(kind, params)
     step_alike(pairs, [torch.ones_like(p) for p in params])
@@ -182,7 +193,7 @@ def test_what_a_grad_scaler_sets(kind, found):
     before = [p.clone() for p in pairs[0][0]]
     rows = pairs[0][1].diagnostics()
     for _, opt in pairs:
-        opt.grad_scale, opt.found_inf = torch.tensor(256.0), torch.tensor(found)
+        opt.grad_scale, opt.found_inf = torch.tensor(256.0, device=device), torch.tensor(found, device=device)
     step_alike(pairs, [g * 256 for g in gradients])
     compare(pairs)
     if found:

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in one go, on a machine without a network: builds the extension from source with the torch that
+# is there, tests it, measures it, and looks for memory errors and races.
+#
+#   bench/gpu.sh                   every stage
+#   bench/gpu.sh build update      these stages
+#
+# Writes to $OUT (bench/results/gpu): a log and a JSON for each stage, and summary.json. A stage that fails or takes
+# longer than $LIMIT seconds does not keep the others from running; the exit status says whether one did.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-bench/results/gpu}
+PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-460}
+STAGES=(build tests update sanitizer)
+chosen=("$@")
+[ ${#chosen[@]} -gt 0 ] || chosen=("${STAGES[@]}")
+for name in "${chosen[@]}"; do
+  case " ${STAGES[*]} " in *" $name "*) ;; *) echo "no stage '$name'; there are: ${STAGES[*]}" >&2; exit 2 ;; esac
+done
+mkdir -p "$OUT"
+rm -f "$OUT/stages.jsonl"
+failed=0
+
+run_stage() { # run_stage NAME: runs the function stage_NAME within the limit, notes status and seconds
+  local name=$1 start=$SECONDS status=0
+  printf '==> %s\n' "$name"
+  export -f "stage_$name"
+  timeout -k 10 "$LIMIT" bash -c "set -euo pipefail; stage_$name" >"$OUT/$name.log" 2>&1 || status=$?
+  tail -n 12 "$OUT/$name.log"
+  [ $status -eq 0 ] || failed=1
+  printf '==> %s: status %d, %d s\n' "$name" $status $((SECONDS - start))
+  printf '{"stage": "%s", "status": %d, "seconds": %d}\n' "$name" $status $((SECONDS - start)) >>"$OUT/stages.jsonl"
+}
+export OUT PYTHON
+
+stage_build() {
+  LWAS_FAST_BUILD=cuda $PYTHON -m pip install -v -e . --no-build-isolation --no-deps
+  $PYTHON -m lwas_fast
+}
+
+stage_tests() {
+  $PYTHON -m pytest tests -m gpu -q --continue-on-collection-errors --junitxml="$OUT/tests.xml"
+}
+
+stage_update() {
+  $PYTHON -m pytest bench/test_update.py -q --benchmark-quiet --benchmark-json="$OUT/update.json"
+  $PYTHON bench/report.py "$OUT/update.json"
+}
+
+stage_sanitizer() {
+  local tool sanitizer
+  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  for tool in memcheck racecheck; do
+    "$sanitizer" --tool $tool --error-exitcode 9 $PYTHON bench/sanitize_update.py
+  done
+}
+
+for name in "${chosen[@]}"; do run_stage "$name"; done
+$PYTHON - "$OUT" <<'END'
+import json, pathlib, sys
+
+out = pathlib.Path(sys.argv[1])
+stages = [json.loads(line) for line in (out / "stages.jsonl").read_text().splitlines()]
+summary = {"stages": stages}
+try:
+    from lwas_fast.backends import describe
+
+    summary["environment"] = dict(describe())
+except Exception as error:  # the build may be what failed
+    summary["environment"] = repr(error)
+(out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+print(json.dumps(summary, indent=1))
+END
+exit $failed

@@ -1,0 +1,31 @@
+"""A few fused steps with odd sizes and alignments, far from the cap and near it: work for compute-sanitizer."""
+
+from __future__ import annotations
+
+import torch
+
+from lwas_fast import SGDLW, AdamWLW
+
+SIZES = (0, 1, 31, 1025, 32767, 32769, 70001)
+
+
+def main() -> None:
+    """Take the steps; print a number, so that nothing can be left out."""
+    total = torch.zeros((), device="cuda")
+    for kind in (AdamWLW, SGDLW):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for cap in (0.1, 1e-4):
+                params = [
+                    torch.randn(n + 3, device="cuda").to(dtype)[k:].requires_grad_() for k in (0, 3) for n in SIZES
+                ]
+                opt = kind(params, warmup_steps=9, cap=cap, fused=True)
+                for _ in range(3):
+                    for p in params:
+                        p.grad = torch.randn_like(p)
+                    opt.step()
+                total += sum(p.detach().float().sum() for p in params)
+    print("sum of all weights:", total.item())
+
+
+if __name__ == "__main__":
+    main()
