@@ -122,14 +122,23 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     return list(found)
 
 
+# Nodes that stand for a backward pass without derivative, and what autograd says when it comes to one. It need not come
+# to it: inputs saved without their graph, as these do, leave no path from the node to the parameters.
+_CUTS = {
+    "torch::autograd::Error": "trying to differentiate twice a function that was marked with @once_differentiable",
+    "CompiledFunctionBackwardBackward": "torch.compile with aot_autograd does not currently support double backward",
+}
+
+
 def refuse_cut_graph(gradients: Iterable[Tensor]) -> None:
     """Refuse gradients that passed a function differentiable once: autograd would take its part as zero, silently.
 
     Raises:
         RuntimeError: In autograd's own words, for `errors.explain`.
     """
-    if any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
-        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+    for node in _nodes(gradients):
+        if (message := _CUTS.get(node.name())) is not None:
+            raise RuntimeError(message)
 
 
 def _products(

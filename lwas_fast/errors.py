@@ -18,12 +18,12 @@ _NO_DOUBLE_BACKWARD = (
         "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
     ),
     (
-        r"aot_autograd does not currently support double backward|torch\.compile",
-        "a module compiled by torch.compile",
-        "call the uncompiled module (compiled._orig_mod) when opt.curvature_due is true",
+        r"aot_autograd does not currently support double backward|torch\.compile|donated buffer",
+        "what torch.compile has compiled",
+        "call the uncompiled function or module (compiled._orig_mod) when opt.curvature_due is true",
     ),
     (
-        r"cudnn_rnn|CuDNN RNN",
+        r"cudnn_rnn|CuDNN RNN|miopen_rnn",  # the flags below switch MIOpen, its counterpart on AMD GPUs, too
         "a cuDNN recurrent layer",
         "run the forward pass of refresh steps under torch.backends.cudnn.flags(enabled=False)",
     ),

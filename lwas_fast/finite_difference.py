@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
+from lwas_fast.buffers import buffers_kept
 from lwas_fast.curvature import Probe, layer_sums, tensor_signs
 
 # Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
@@ -36,32 +36,6 @@ class Replay:
             for i, state in zip(self._gpus, self._cuda, strict=True):
                 torch.cuda.set_rng_state(state, i)
             yield
-
-
-@contextmanager
-def _buffers_kept() -> Iterator[None]:
-    """Put back every buffer (running statistics, counters) of every module that is called inside."""
-    kept: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
-    seen: set[nn.Module] = set()
-
-    def keep(called: nn.Module, _: object) -> None:
-        if called in seen:
-            return
-        for module in called.modules():
-            seen.add(module)
-            for name, buffer in module._buffers.items():
-                if buffer is not None and (module, name) not in kept:
-                    kept[module, name] = (buffer, buffer.clone())
-
-    # The optimizer does not know the model; a hook on all modules sees what the closure calls.
-    handle = register_module_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for (module, name), (buffer, value) in kept.items():
-            buffer.copy_(value)
-            module._buffers[name] = buffer
 
 
 @contextmanager
@@ -158,7 +132,7 @@ def by_differences(
     for members in passes:
         moved = [probes[p].selection.params[i] for p, i in members]
         steps = [probes[p].vectors[i].direction * (eps[p][i] * factors[p][i]) for p, i in members]
-        with _gradients_kept(leaves, before), _displaced(moved, steps), _buffers_kept(), replay.again():
+        with _gradients_kept(leaves, before), _displaced(moved, steps), buffers_kept(leaves), replay.again():
             with torch.enable_grad():
                 evaluate()
             for p, i in members:
