@@ -196,7 +196,7 @@ def make_buckets(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict
             double = any(param.dtype == torch.float64 for param in params)
             dtype = torch.float64 if double else torch.float32
             table = torch.zeros(len(rows), len(Column), dtype=dtype, device=device)
-            steps = torch.zeros(len(params), device=device)
+            steps = torch.zeros(len(params), dtype=torch.float32, device=device)
             for i, (param, r) in enumerate(zip(params, row, strict=True)):
                 if param in state and "layer" in state[param]:
                     table[r] = state[param]["layer"]

@@ -321,8 +321,8 @@ class LayerwiseOptimizer(Optimizer):
         loading = self.__dict__.get("_loading")
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
+            for name in options.RULES.keys() & self.defaults.keys():  # torch's __setstate__ adds defaults of its own
+                group.setdefault(name, self.defaults[name])
         if loading is not None:
             checkpoint.fit_state(self.param_groups, self.state, loading)
         self._reset()

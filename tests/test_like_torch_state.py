@@ -51,7 +51,6 @@ def test_state_dict_with_groups(info, row, tmp_path):
 
 
 @EACH_INFO
-@pytest.mark.xfail(reason="Optimizer.__setstate__ adds it to defaults, and ours hands all defaults to the groups")
 def test_loading_adds_nothing_to_groups(info):
     problem = Problem()
     opt = info.optim_cls(problem.named)
