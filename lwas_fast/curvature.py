@@ -126,17 +126,18 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
 # to it: inputs saved without their graph, as these do, leave no path from the node to the parameters.
 _CUTS = {
     "torch::autograd::Error": "trying to differentiate twice a function that was marked with @once_differentiable",
-    "CompiledFunctionBackwardBackward": "torch.compile with aot_autograd does not currently support double backward",
+    # In the loss's own graph: torch 2.11 leaves no trace of it in that of the gradients, and takes the curvature as 0.
+    "CompiledFunctionBackward": "torch.compile with aot_autograd does not currently support double backward",
 }
 
 
-def refuse_cut_graph(gradients: Iterable[Tensor]) -> None:
-    """Refuse gradients that passed a function differentiable once: autograd would take its part as zero, silently.
+def refuse_cut_graph(outputs: Iterable[Tensor]) -> None:
+    """Refuse a loss, or gradients, behind a function differentiable once: autograd may take its part as 0, silently.
 
     Raises:
         RuntimeError: In autograd's own words, for `errors.explain`.
     """
-    for node in _nodes(gradients):
+    for node in _nodes(outputs):
         if (message := _CUTS.get(node.name())) is not None:
             raise RuntimeError(message)
 

@@ -113,6 +113,7 @@ def _autograd(opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float) -> M
             )
     leaves = leaves_of(loss)
     try:
+        refuse_cut_graph([loss])
         found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
         graph = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
         del found
