@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lwas_fast import checkpoint
+from lwas_fast import groups
 from lwas_fast.curvature import Probe, by_autograd, draw_signs, leaves_of, refuse_cut_graph
 from lwas_fast.errors import CurvatureError, explain
 from lwas_fast.finite_difference import Replay, by_differences
@@ -118,7 +118,7 @@ def _autograd(opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float) -> M
         graph = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
         del found
         refuse_cut_graph(graph.values())
-        checkpoint.check_dense(opt.param_groups, graph.get)
+        groups.check_dense(opt.param_groups, graph.get)
         with torch.no_grad():
             probes = _probes(opt, graph, scale)
         ours = [[graph[p] for p in probe.selection.params] for probe in probes]
@@ -144,7 +144,7 @@ def _by_differences(
     """Measure at the gradients that a first evaluation has left; `evaluate` does it once more."""
     params = [p for group in opt.param_groups for p in group["params"]]
     gradients = {p: p.grad for p in params if p.grad is not None}
-    checkpoint.check_dense(opt.param_groups, gradients.get)
+    groups.check_dense(opt.param_groups, gradients.get)
     # The loss's graph is used up but still tells which other leaves the evaluation gives gradients to.
     leaves = list(dict.fromkeys(params + leaves_of(loss)))
     with torch.no_grad():

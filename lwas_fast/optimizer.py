@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lwas_fast import backends, checkpoint, measure, options, rates
+from lwas_fast import backends, checkpoint, groups, measure, options, rates
 from lwas_fast.curvature import ProbeVectors
-from lwas_fast.layers import Bucket, LayerRule, Selection, layer_names, make_buckets, state_dtype
+from lwas_fast.layers import Bucket, LayerRule, Selection, make_buckets, state_dtype
 from lwas_fast.measure import Measured
 from lwas_fast.rates import Column
 from lwas_fast.update import Moving, Scaling, step_selection
@@ -98,26 +98,7 @@ class LayerwiseOptimizer(Optimizer):
             TypeError: No dictionary, or a parameter that is no tensor.
             ValueError: See the class.
         """
-        group = checkpoint.prepare_group(param_group, len(self.param_groups))
-        where = f" in parameter group {len(self.param_groups)}"
-        for name in options.WHOLE:
-            if name in group:
-                raise ValueError(f"{name}={group[name]!r}{where}: it holds for the whole optimizer; pass it there")
-        options.check({**self.defaults, **group}, where)
-        backends.check_fused({**self.defaults, **group})
-        rule = group.pop("layers", self._layer_rule)
-        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
-        names = [entry[0] for entry in group["params"] if isinstance(entry, tuple)] or group.get("param_names")
-        found = layer_names(tensors, names, rule, sum(len(g["params"]) for g in self.param_groups))
-        taken = {name for g in self.param_groups for name in g["layer_names"]}
-        if clash := [name for name in found if name in taken]:
-            if rule is not None and not isinstance(rule, torch.nn.Module):
-                raise ValueError(f"layer {clash[0]!r} spans two parameter groups; name it apart in layers=")
-            # Weights and biases in groups of their own (no decay on biases, say) are a common idiom: a layer a group.
-            found = [f"{name}@{len(self.param_groups)}" if name in taken else name for name in found]
-        group["layer_names"] = found
-        group["steps"] = 0
-        group["next_refresh"] = group.get("warmup_steps", self.defaults["warmup_steps"])
+        group = groups.prepare(param_group, self.param_groups, self.defaults, self._layer_rule)
         super().add_param_group(group)
         self._layout = None
         self._measured = None
@@ -225,7 +206,7 @@ class LayerwiseOptimizer(Optimizer):
             TypeError: The closure returned no tensor, or a gradient is sparse. Nothing has been updated.
         """
         value = None if closure is None else measure.run_closure(self, closure)
-        checkpoint.check_dense(self.param_groups, attrgetter("grad"))
+        groups.check_dense(self.param_groups, attrgetter("grad"))
         if self._measured is not None:
             for bucket, selection, sums in self._measured.sums:
                 rows = bucket.table[selection.rows]
