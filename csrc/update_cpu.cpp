@@ -179,7 +179,9 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
     bias[i] = bias_of(call.options, call.steps[slot.place] + 1);
     if (i == 0 || slot.row != call.slots[i - 1].row) {
       layers.emplace_back();
-      layers.back().near = near_cap(control, call.table + int64_t(slot.row) * kColumns);
+      const float* row = call.table + int64_t(slot.row) * kColumns;
+      layers.back().near =
+          call.rule == Rule::kAdamW ? waits<AdamW>(call.options, control, row) : waits<Sgd>(call.options, control, row);
     }
     layer_of[i] = int(layers.size()) - 1;
     layers.back().elements += double(slot.size);

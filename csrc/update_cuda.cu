@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (threadIdx.x == 0) {  // double arithmetic, once
     const float* row = s.table + int64_t(table.row[tensor]) * kColumns;
     const float step = s.steps[table.place[tensor]] + 1;
-    const bool near = near_cap(s.control, row);
+    const bool near = waits<Rule>(s.options, s.control, row);
     bias_shared = bias_of(s.options, step);
     rate_shared = near ? 0.0f : first_rate(s.control, row);
     state_shared = near ? -step : step;

@@ -150,16 +150,18 @@ LWAS_HD float rate_of(const Control& c, const float* row) {
 
 LWAS_HD float multiplier_of(const Control& c) { return c.lr * c.ramp * (c.lr_tensor ? *c.lr_tensor : 1.0f); }
 
-// Whether the first pass is to leave a layer's weights alone, because its step may be capped. So where nothing is
-// known.
-LWAS_HD bool near_cap(const Control& c, const float* row) {
-  return !(c.margin * rate_of(c, row) * row[kLength] < c.cap * row[kSize]);
-}
-
 // The rate that the first pass moves a layer's weights by, if it does.
 LWAS_HD float first_rate(const Control& c, const float* row) {
   const float rate = rate_of(c, row);
   return (rate < c.largest_rate ? rate : c.largest_rate) * multiplier_of(c);
+}
+
+// Whether the first pass is to leave a layer's weights alone: because its step may be capped (so where nothing is
+// known), or because it decays by so much that it could not be taken back.
+template <typename Rule>
+LWAS_HD bool waits(const Options& o, const Control& c, const float* row) {
+  if (Rule::kDecoupled && !(first_rate(c, row) * o.weight_decay < 0.5f)) return true;
+  return !(c.margin * rate_of(c, row) * row[kLength] < c.cap * row[kSize]);
 }
 
 // What is known of a layer after the first pass.

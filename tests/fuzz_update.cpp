@@ -86,14 +86,14 @@ bool close(double mine, double theirs, double tolerance) {
 int run(int list) {
   const bool adam = one_in(2);
   const double beta1 = one_in(6) ? 0 : uniform(0.5, 0.99), beta2 = one_in(6) ? 0 : uniform(0.9, 0.9999);
-  const double decay = one_in(2) ? 0 : uniform(0, 0.1), sign = one_in(2) ? 1 : -1, scale = one_in(3) ? 1024 : 1;
+  const double decay = one_in(2) ? 0 : uniform(0, one_in(5) ? 3 : 0.1), sign = one_in(2) ? 1 : -1, scale = one_in(3) ? 1024 : 1;
   const double eps = adam ? 1e-3 : 0;  // large, so that directions are no rounding errors blown up
   Control c{};
   c.lr = float(uniform(0.2, 1));
   c.ramp = float(one_in(2) ? 1 : uniform(0, 1));
   c.warmup_rate = float(uniform(0, 0.1));
   c.warming = one_in(4);
-  c.cap = one_in(5) ? INFINITY : float(uniform(0.01, 0.3));
+  c.cap = one_in(5) ? INFINITY : float(uniform(0.01, one_in(6) ? 3 : 0.3));
   c.largest_rate = adam && decay > 0 ? float(c.cap / decay) : INFINITY;
   c.rms_floor = 0.01f;
   c.margin = 2;
