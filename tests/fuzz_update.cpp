@@ -86,7 +86,8 @@ bool close(double mine, double theirs, double tolerance) {
 int run(int list) {
   const bool adam = one_in(2);
   const double beta1 = one_in(6) ? 0 : uniform(0.5, 0.99), beta2 = one_in(6) ? 0 : uniform(0.9, 0.9999);
-  const double decay = one_in(2) ? 0 : uniform(0, one_in(5) ? 3 : 0.1), sign = one_in(2) ? 1 : -1, scale = one_in(3) ? 1024 : 1;
+  const double decay = one_in(2) ? 0 : uniform(0, one_in(5) ? 3 : 0.1), sign = one_in(2) ? 1 : -1,
+               scale = one_in(3) ? 1024 : 1;
   const double eps = adam ? 1e-3 : 0;  // large, so that directions are no rounding errors blown up
   Control c{};
   c.lr = float(uniform(0.2, 1));
