@@ -93,6 +93,7 @@ def test_zero_gradients_move_nothing(info, row):
         opt.step()
     assert_equal(problem.params, before)
     assert all(s[name].count_nonzero() == 0 for s in opt.state.values() for name in opt._buffers)
+    assert all(row["nonfinite"] == 0 for row in opt.diagnostics().values())
     opt.load_state_dict(opt.state_dict())
     problem.run(opt, range(20))
     assert all(torch.isfinite(p).all() for p in problem.params)
