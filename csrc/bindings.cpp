@@ -174,7 +174,7 @@ void run(lwas::Rule rule, const lwas::Options& options, const Arguments& argumen
     lwas::update_cpu(call, parallel_for);
   } else {
 #ifdef LWAS_CUDA
-    Tensor partials = at::empty({lwas::partial_rows(call), 4}, table.options());
+    Tensor partials = at::empty({lwas::partial_rows(call), lwas::kPartialFloats}, table.options());
     lwas::update_cuda(call, partials.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream().stream());
 #else
     TORCH_CHECK(false, "lwas_fast was built without CUDA, and the parameters are on ", table.device());
@@ -263,6 +263,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         info["compiler"] = __VERSION__;
 #else
         info["compiler"] = "unknown";
+#endif
+#ifdef __FLT16_MAX__
+        info["float16_on_cpu"] = true;
+#else
+        info["float16_on_cpu"] = false;
 #endif
         info["columns"] = std::map<std::string, int>{{"AVERAGE", lwas::kAverage}, {"WEIGHT", lwas::kWeight},
                                                      {"APPLIED", lwas::kApplied}, {"CAPPED", lwas::kCapped},

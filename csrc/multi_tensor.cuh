@@ -20,9 +20,9 @@ constexpr int kThreads = 256;
 constexpr int kBlocks = 3;
 constexpr int kChunk = 32768;  // elements; divisible by every vector's length, so that all chunks of a tensor align
 
-// 65 bytes a tensor. Arguments of a launch hold 4 KB everywhere, and 32 KB from CUDA 12.1 on, minus the rest's share.
-constexpr int kSmallTable = 58;
-constexpr int kLargeTable = 480;
+// 69 bytes a tensor. Arguments of a launch hold 4 KB everywhere, and 32 KB from CUDA 12.1 on, minus the rest's share.
+constexpr int kSmallTable = 56;
+constexpr int kLargeTable = 464;
 
 template <int kCapacity>
 struct Table {
@@ -36,7 +36,7 @@ struct Table {
   int32_t row[kCapacity];
   int32_t place[kCapacity];
   int32_t layer_begin[kCapacity], layer_end[kCapacity];  // chunks of the tensor's layer, in the whole call
-  float elements[kCapacity];                             // of the layer
+  int64_t elements[kCapacity];                           // of the layer
   uint8_t kind[kCapacity];                               // Kind, plus kAligned
   int32_t count;
   int32_t chunk_base;  // of this launch, in the whole call
@@ -92,22 +92,24 @@ __device__ __forceinline__ void for_each_element(T* __restrict__ param, const T*
   }
 }
 
-// Sums over the block, for thread 0, always in the same order. `shared` holds 3 * 32 values; all threads must call.
+constexpr int kSums = 4;
+
+// Sums over the block, for thread 0, always in the same order. `shared` holds kSums * 32 values; all threads must call.
 template <typename T>
-__device__ __forceinline__ void block_sum(T (&value)[3], T* shared) {
+__device__ __forceinline__ void block_sum(T (&value)[kSums], T* shared) {
 #pragma unroll
-  for (int k = 0; k < 3; ++k) {
+  for (int k = 0; k < kSums; ++k) {
     for (int offset = 16; offset > 0; offset /= 2) value[k] += __shfl_down_sync(0xffffffffu, value[k], offset);
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   __syncthreads();  // whoever used `shared` before is done
   if (lane == 0) {
-    for (int k = 0; k < 3; ++k) shared[3 * warp + k] = value[k];
+    for (int k = 0; k < kSums; ++k) shared[kSums * warp + k] = value[k];
   }
   __syncthreads();
   if (warp == 0) {
-    for (int k = 0; k < 3; ++k) {
-      value[k] = lane < kThreads / 32 ? shared[3 * lane + k] : T(0);
+    for (int k = 0; k < kSums; ++k) {
+      value[k] = lane < kThreads / 32 ? shared[kSums * lane + k] : T(0);
       for (int offset = 16; offset > 0; offset /= 2) value[k] += __shfl_down_sync(0xffffffffu, value[k], offset);
     }
   }

@@ -54,11 +54,11 @@ struct Float16 {
 #endif
 
 struct Totals {
-  double length = 0, size = 0, skipped = 0;
+  double length = 0, size = 0, skipped = 0, held = 0;
 };
 
 template <typename Rule, typename Type>
-LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rate, float factor,
+LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rate, float limit, float factor,
                              typename Type::Storage* __restrict__ param,
                              const typename Type::Storage* __restrict__ grad, float* __restrict__ first,
                              float* __restrict__ second, int64_t count) {
@@ -67,55 +67,58 @@ LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rat
   Totals totals;
   for (int64_t begin = 0; begin < count; begin += kSummed) {
     const int64_t end = std::min(count, begin + kSummed);
-    float length = 0, size = 0, skipped = 0;
-#pragma omp simd reduction(+ : length, size, skipped)
+    float length = 0, size = 0, skipped = 0, held = 0;
+#pragma omp simd reduction(+ : length, size, skipped, held)
     for (int64_t i = begin; i < end; ++i) {
       Sums sums;
       float weight = Type::load(param[i]), m = first[i], v = Rule::kSecond ? second[i] : 0.0f;
-      advance_element<Rule>(o, b, rate, Type::load(grad[i]) * factor, weight, m, v, sums);
+      advance_element<Rule>(o, b, rate, limit, Type::load(grad[i]) * factor, weight, m, v, sums);
       first[i] = m;
       if (Rule::kSecond) second[i] = v;
       param[i] = Type::store(weight);  // at rate 0 what it was
       length += sums.length;
       size += sums.size;
       skipped += sums.skipped;
+      held += sums.held;
     }
     totals.length += length;
     totals.size += size;
     totals.skipped += skipped;
+    totals.held += held;
   }
   return totals;
 }
 
 template <typename Rule, typename Type>
-LWAS_HD void correct_chunk(const Options& options, const Bias& bias, float before, float rate, float factor,
-                           typename Type::Storage* __restrict__ param, const typename Type::Storage* __restrict__ grad,
-                           const float* __restrict__ first, const float* __restrict__ second, int64_t count) {
+LWAS_HD void correct_chunk(const Options& options, const Bias& bias, float before, float limit, float rate,
+                           float factor, typename Type::Storage* __restrict__ param,
+                           const typename Type::Storage* __restrict__ grad, const float* __restrict__ first,
+                           const float* __restrict__ second, int64_t count) {
   const Options o = options;
   const Bias b = bias;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const float v = Rule::kSecond ? second[i] : 0.0f;
-    param[i] = Type::store(
-        correct_element<Rule>(o, b, before, rate, Type::load(grad[i]) * factor, Type::load(param[i]), first[i], v));
+    param[i] = Type::store(correct_element<Rule>(o, b, before, limit, rate, Type::load(grad[i]) * factor,
+                                                 Type::load(param[i]), first[i], v));
   }
 }
 
 // Templates cannot be cloned for instruction sets; these functions can.
-#define LWAS_LOOPS(RULE, TYPE)                                                                                         \
-  LWAS_CLONES Totals advance_##RULE##_##TYPE(const Options& o, const Bias& b, float rate, float factor, const Slot& s, \
-                                             int64_t start, int64_t count) {                                           \
-    using T = TYPE::Storage;                                                                                           \
-    return advance_chunk<RULE, TYPE>(o, b, rate, factor, static_cast<T*>(s.param) + start,                             \
-                                     static_cast<const T*>(s.grad) + start, s.first + start,                           \
-                                     RULE::kSecond ? s.second + start : nullptr, count);                               \
-  }                                                                                                                    \
-  LWAS_CLONES void correct_##RULE##_##TYPE(const Options& o, const Bias& b, float before, float rate, float factor,    \
-                                           const Slot& s, int64_t start, int64_t count) {                              \
-    using T = TYPE::Storage;                                                                                           \
-    correct_chunk<RULE, TYPE>(o, b, before, rate, factor, static_cast<T*>(s.param) + start,                            \
-                              static_cast<const T*>(s.grad) + start, s.first + start,                                  \
-                              RULE::kSecond ? s.second + start : nullptr, count);                                      \
+#define LWAS_LOOPS(RULE, TYPE)                                                                                       \
+  LWAS_CLONES Totals advance_##RULE##_##TYPE(const Options& o, const Bias& b, float rate, float limit, float factor, \
+                                             const Slot& s, int64_t start, int64_t count) {                          \
+    using T = TYPE::Storage;                                                                                         \
+    return advance_chunk<RULE, TYPE>(o, b, rate, limit, factor, static_cast<T*>(s.param) + start,                    \
+                                     static_cast<const T*>(s.grad) + start, s.first + start,                         \
+                                     RULE::kSecond ? s.second + start : nullptr, count);                             \
+  }                                                                                                                  \
+  LWAS_CLONES void correct_##RULE##_##TYPE(const Options& o, const Bias& b, float before, float limit, float rate,   \
+                                           float factor, const Slot& s, int64_t start, int64_t count) {              \
+    using T = TYPE::Storage;                                                                                         \
+    correct_chunk<RULE, TYPE>(o, b, before, limit, rate, factor, static_cast<T*>(s.param) + start,                   \
+                              static_cast<const T*>(s.grad) + start, s.first + start,                                \
+                              RULE::kSecond ? s.second + start : nullptr, count);                                    \
   }
 
 LWAS_LOOPS(AdamW, Float32)
@@ -153,7 +156,9 @@ Loops loops_for(Rule rule, Kind kind) {
 
 struct Layer {
   bool near;
-  double length = 0, size = 0, skipped = 0, elements = 0;
+  float rate, limit;  // of the first pass
+  double elements = 0;
+  Totals totals;
   Settled settled;
 };
 
@@ -177,14 +182,17 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
     chunks += chunks_of(slot.size, kChunk);
     elements += slot.size;
     bias[i] = bias_of(call.options, call.steps[slot.place] + 1);
-    if (i == 0 || slot.row != call.slots[i - 1].row) {
-      layers.emplace_back();
-      const float* row = call.table + int64_t(slot.row) * kColumns;
-      layers.back().near =
-          call.rule == Rule::kAdamW ? waits<AdamW>(call.options, control, row) : waits<Sgd>(call.options, control, row);
-    }
+    if (i == 0 || slot.row != call.slots[i - 1].row) layers.emplace_back();
     layer_of[i] = int(layers.size()) - 1;
     layers.back().elements += double(slot.size);
+  }
+  for (int i = 0; i < tensors; ++i) {
+    const float* row = call.table + int64_t(call.slots[i].row) * kColumns;
+    Layer& layer = layers[layer_of[i]];
+    layer.near =
+        call.rule == Rule::kAdamW ? waits<AdamW>(call.options, control, row) : waits<Sgd>(call.options, control, row);
+    layer.rate = layer.near ? 0.0f : first_rate(control, row);
+    layer.limit = limit_of(row, layer.elements);
   }
 
   const int64_t grain = std::max<int64_t>(1, kGrain * chunks / std::max<int64_t>(1, elements));
@@ -202,10 +210,9 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
 
   each_chunk([&](int tensor, int64_t chunk, int64_t start, int64_t count) {
     const Slot& slot = call.slots[tensor];
-    const bool near = layers[layer_of[tensor]].near;
-    const float rate = near ? 0.0f : first_rate(control, call.table + int64_t(slot.row) * kColumns);
-    partial[chunk] =
-        loops_for(call.rule, slot.kind).advance(call.options, bias[tensor], rate, factor, slot, start, count);
+    const Layer& layer = layers[layer_of[tensor]];
+    partial[chunk] = loops_for(call.rule, slot.kind)
+                         .advance(call.options, bias[tensor], layer.rate, layer.limit, factor, slot, start, count);
   });
 
   bool differs = false;
@@ -213,15 +220,18 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
     Layer& layer = layers[layer_of[i]];
     const int64_t end = i + 1 < tensors ? first_chunk[i + 1] : chunks;
     for (int64_t chunk = first_chunk[i]; chunk < end; ++chunk) {
-      layer.length += partial[chunk].length;
-      layer.size += partial[chunk].size;
-      layer.skipped += partial[chunk].skipped;
+      layer.totals.length += partial[chunk].length;
+      layer.totals.size += partial[chunk].size;
+      layer.totals.skipped += partial[chunk].skipped;
+      layer.totals.held += partial[chunk].held;
     }
     if (i + 1 == tensors || layer_of[i + 1] != layer_of[i]) {
       float* row = call.table + int64_t(call.slots[i].row) * kColumns;
-      layer.settled = settle(control, row, layer.near, layer.length, layer.size, layer.skipped, layer.elements);
+      const Totals& t = layer.totals;
+      layer.settled =
+          settle(control, row, layer.near, layer.limit, t.length, t.size, t.skipped, t.held, layer.elements);
       differs |= layer.settled.differs();
-      record(layer.settled, layer.skipped, row);
+      record(layer.settled, t.skipped, row);
     }
   }
   for (int i = 0; i < tensors; ++i) call.steps[call.slots[i].place] += layers[layer_of[i]].settled.moves ? 1.0f : 0.0f;
@@ -232,7 +242,7 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
     if (!settled.differs()) return;
     const Slot& slot = call.slots[tensor];
     loops_for(call.rule, slot.kind)
-        .correct(call.options, bias[tensor], settled.before, settled.rate, factor, slot, start, count);
+        .correct(call.options, bias[tensor], settled.before, settled.limit, settled.rate, factor, slot, start, count);
   });
 }
 

@@ -14,9 +14,9 @@ namespace lwas {
 namespace {
 
 // What the first pass leaves of a chunk. `state` is the tensor's step count with this step, negative where the layer's
-// weights were left alone: the second pass must not read what its own blocks bring up to date.
+// weights were left alone; it and `limit` are here because the second pass must not read what its own blocks write.
 struct Partial {
-  float length, size, skipped, state;
+  float length, size, skipped, held, state, limit;
 };
 
 struct Scalars {
@@ -30,6 +30,7 @@ struct Scalars {
   Partial* partials;
 };
 
+static_assert(sizeof(Partial) == kPartialFloats * sizeof(float), "what update.h says");
 static_assert(sizeof(Table<kSmallTable>) + sizeof(Scalars) <= 4096, "a launch's arguments everywhere");
 static_assert(sizeof(Table<kLargeTable>) + sizeof(Scalars) <= 32764, "a launch's arguments from CUDA 12.1 on");
 
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int count = left < kChunk ? int(left) : kChunk;
 
   __shared__ Bias bias_shared;
-  __shared__ float state_shared, rate_shared;
+  __shared__ float state_shared, rate_shared, limit_shared;
   if (threadIdx.x == 0) {  // double arithmetic, once
     const float* row = s.table + int64_t(table.row[tensor]) * kColumns;
     const float step = s.steps[table.place[tensor]] + 1;
@@ -67,10 +68,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     bias_shared = bias_of(s.options, step);
     rate_shared = near ? 0.0f : first_rate(s.control, row);
     state_shared = near ? -step : step;
+    limit_shared = limit_of(row, double(table.elements[tensor]));
   }
   __syncthreads();
   const Bias bias = bias_shared;
-  const float rate = rate_shared, factor = factor_of(s);
+  const float rate = rate_shared, limit = limit_shared, factor = factor_of(s);
   const bool write = state_shared > 0;
 
   Sums sums;
@@ -80,21 +82,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         static_cast<T*>(table.param[tensor]) + start, static_cast<const T*>(table.grad[tensor]) + start,
         table.first[tensor] + start, table.second[tensor] + start, count, table.kind[tensor] & kAligned, write,
         [&](float& weight, float gradient, float& m, float& v) {
-          advance_element<Rule>(s.options, bias, rate, gradient * factor, weight, m, v, sums);
+          advance_element<Rule>(s.options, bias, rate, limit, gradient * factor, weight, m, v, sums);
         });
   });
 
-  __shared__ float shared[3 * 32];
-  float value[3] = {sums.length, sums.size, sums.skipped};
+  __shared__ float shared[kSums * 32];
+  float value[kSums] = {sums.length, sums.size, sums.skipped, sums.held};
   block_sum(value, shared);
-  if (threadIdx.x == 0) s.partials[table.chunk_base + chunk] = {value[0], value[1], value[2], state_shared};
+  if (threadIdx.x == 0)
+    s.partials[table.chunk_base + chunk] = {value[0], value[1], value[2], value[3], state_shared, limit};
 }
 
 template <typename Rule, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     second_pass(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Scalars s) {
   if (s.found_inf && *s.found_inf != 0) return;
-  __shared__ double shared[3 * 32];
+  __shared__ double shared[kSums * 32];
   __shared__ Settled settled_shared;
   __shared__ Bias bias_shared;
   const float factor = factor_of(s);
@@ -109,17 +112,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     float* statistics = s.table + int64_t(table.row[tensor]) * kColumns;
     if (row != table.row[tensor]) {
       row = table.row[tensor];
-      double value[3] = {0, 0, 0};
+      double value[kSums] = {0, 0, 0, 0};
       for (int i = layer_begin + threadIdx.x; i < layer_end; i += kThreads) {
         const Partial partial = s.partials[i];
         value[0] += partial.length;
         value[1] += partial.size;
         value[2] += partial.skipped;
+        value[3] += partial.held;
       }
       block_sum(value, shared);
       if (threadIdx.x == 0) {
-        settled_shared =
-            settle(s.control, statistics, own.state < 0, value[0], value[1], value[2], table.elements[tensor]);
+        settled_shared = settle(s.control, statistics, own.state < 0, own.limit, value[0], value[1], value[2], value[3],
+                                double(table.elements[tensor]));
         // One block does the bookkeeping; the columns written here are read by no other.
         if (table.chunk_base + chunk == layer_begin) record(settled_shared, value[2], statistics);
       }
@@ -141,8 +145,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           static_cast<T*>(table.param[tensor]) + start, static_cast<const T*>(table.grad[tensor]) + start,
           table.first[tensor] + start, table.second[tensor] + start, left < kChunk ? int(left) : kChunk,
           table.kind[tensor] & kAligned, true, [&](float& weight, float gradient, float& m, float& v) {
-            weight =
-                correct_element<Rule>(s.options, bias, settled.before, settled.rate, gradient * factor, weight, m, v);
+            weight = correct_element<Rule>(s.options, bias, settled.before, settled.limit, settled.rate,
+                                           gradient * factor, weight, m, v);
           });
     });
     __syncthreads();  // before bias_shared and settled_shared are written again
@@ -164,7 +168,7 @@ bool aligned(const Slot& slot) {
 // Chunks [begin, end) and number of elements of the layer that each tensor belongs to.
 struct LayerSpan {
   int32_t begin, end;
-  float elements;
+  int64_t elements;
 };
 
 std::vector<LayerSpan> layer_spans(const Call& call) {
@@ -174,12 +178,12 @@ std::vector<LayerSpan> layer_spans(const Call& call) {
   for (size_t i = 0; i < slots.size();) {
     size_t last = i;
     const int64_t begin = chunk;
-    double elements = 0;
+    int64_t elements = 0;
     for (; last < slots.size() && slots[last].row == slots[i].row; ++last) {
       chunk += chunks_of(slots[last].size, kChunk);
-      elements += double(slots[last].size);
+      elements += slots[last].size;
     }
-    for (; i < last; ++i) spans[i] = {int32_t(begin), int32_t(chunk), float(elements)};
+    for (; i < last; ++i) spans[i] = {int32_t(begin), int32_t(chunk), elements};
   }
   return spans;
 }

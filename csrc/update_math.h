@@ -97,28 +97,31 @@ struct Sgd {
 };
 
 template <typename Rule>
-LWAS_HD float moved(const Options& o, float rate, float weight, float direction) {
-  return (Rule::kDecoupled ? (1.0f - rate * o.weight_decay) * weight : weight) + rate * direction;
+LWAS_HD float kept(const Options& o, float rate) {
+  return Rule::kDecoupled ? 1.0f - rate * o.weight_decay : 1.0f;
 }
 
-template <typename Rule>
-LWAS_HD float moved_back(const Options& o, float rate, float weight, float direction) {
-  const float before = weight - rate * direction;
-  return Rule::kDecoupled ? before / (1.0f - rate * o.weight_decay) : before;
+// How far the first pass moves a weight: no further than `limit`, which is about the size of a weight, lest taking it
+// back leave nothing but the rounding of a runaway.
+LWAS_HD float first_move(float rate, float direction, float limit) {
+  const float move = rate * direction;
+  const float below = move > limit ? limit : move;
+  return below < -limit ? -limit : below;
 }
 
 // What a pass sums up of a piece of a layer.
 struct Sums {
   float length = 0, size = 0;  // ||d||^2 and ||W||^2, W before the step
   float skipped = 0;           // elements whose gradient is not finite: left alone
+  float held = 0;              // elements that the first pass moved by less than rate * d
 };
 
 // Selections below choose between values that are worked out in any case: that is what compilers vectorise.
 
 // First pass, one element: the state advances, the weight moves by rate * d.
 template <typename Rule>
-LWAS_HD void advance_element(const Options& o, const Bias& b, float rate, float gradient, float& weight, float& first,
-                             float& second, Sums& sums) {
+LWAS_HD void advance_element(const Options& o, const Bias& b, float rate, float limit, float gradient, float& weight,
+                             float& first, float& second, Sums& sums) {
   const bool finite = is_finite(gradient);
   float m = first, v = second;
   Rule::advance(o, gradient, weight, m, v);
@@ -126,20 +129,23 @@ LWAS_HD void advance_element(const Options& o, const Bias& b, float rate, float 
   if (Rule::kSecond) second = finite ? v : second;
   const float direction = Rule::direction(o, b, m, v);
   const float d = finite ? direction : 0.0f;
+  const float move = first_move(rate, d, limit);
   sums.length += d * d;
   sums.size += weight * weight;
   sums.skipped += finite ? 0.0f : 1.0f;
-  const float next = moved<Rule>(o, rate, weight, d);
+  sums.held += move == rate * d ? 0.0f : 1.0f;
+  const float next = kept<Rule>(o, rate) * weight + move;
   weight = finite ? next : weight;
 }
 
-// Second pass, one element: the weight, which the first has moved by `before`, moves by `rate` in its stead.
+// Second pass, one element: the weight, which the first has moved at the rate `before`, moves by rate * d in its stead.
 template <typename Rule>
-LWAS_HD float correct_element(const Options& o, const Bias& b, float before, float rate, float gradient, float weight,
-                              float first, float second) {
+LWAS_HD float correct_element(const Options& o, const Bias& b, float before, float limit, float rate, float gradient,
+                              float weight, float first, float second) {
   const float d = Rule::direction(o, b, first, second);
-  const float back = moved_back<Rule>(o, before, weight, d);
-  const float next = moved<Rule>(o, rate, before != 0.0f ? back : weight, d);
+  const float back = (weight - first_move(before, d, limit)) / kept<Rule>(o, before);
+  const float start = before != 0.0f ? back : weight;
+  const float next = kept<Rule>(o, rate) * start + rate * d;
   return is_finite(gradient) ? next : weight;
 }
 
@@ -164,18 +170,23 @@ LWAS_HD bool waits(const Options& o, const Control& c, const float* row) {
   return !(c.margin * rate_of(c, row) * row[kLength] < c.cap * row[kSize]);
 }
 
+// The limit of its moves: the root mean square of the layer's weights, as far as it is known.
+LWAS_HD float limit_of(const float* row, double elements) { return row[kSize] / sqrtf(float(elements)); }
+
 // What is known of a layer after the first pass.
 struct Settled {
-  float before, rate;  // what its weights were moved by, and what they are to be moved by
+  float before, limit, rate;  // the rate and limit that its weights were moved by, and the rate they are to be moved by
   float length, size;
-  bool capped, moves;
+  bool capped, moves, held;
 
-  LWAS_HD bool differs() const { return moves && before != rate; }
+  LWAS_HD bool differs() const { return moves && (held || before != rate); }
 };
 
-LWAS_HD Settled settle(const Control& c, const float* row, bool near, double length, double size, double skipped,
-                       double elements) {
+LWAS_HD Settled settle(const Control& c, const float* row, bool near, float limit, double length, double size,
+                       double skipped, double held, double elements) {
   Settled s;
+  s.limit = limit;
+  s.held = held > 0;
   const float floor = c.rms_floor * sqrtf(float(elements));
   s.length = float(sqrt(length));
   s.size = float(sqrt(size));
@@ -183,6 +194,7 @@ LWAS_HD Settled settle(const Control& c, const float* row, bool near, double len
   s.moves = skipped == 0 || skipped < elements;
   const float rate = rate_of(c, row);
   float bound = s.length > 0 ? c.cap * s.size / s.length : INFINITY;
+  if (!(bound >= 0)) bound = 0;  // both norms overflowed
   if (c.largest_rate < bound) bound = c.largest_rate;
   s.capped = rate > bound;
   s.before = near ? 0.0f : first_rate(c, row);

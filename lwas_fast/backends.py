@@ -62,9 +62,14 @@ def _why_not_fused(bucket: Bucket) -> str | None:
     device = bucket.table.device.type
     if device != "cpu" and not (device == "cuda" and EXTENSION.build_info()["cuda"]):
         return f"it was not built for {device}"
+    half = device == "cpu" and not EXTENSION.build_info()["float16_on_cpu"]
     for param in bucket.params:
+        if half and param.dtype == torch.float16:
+            return "the compiler that built it knows no float16"
         if param.dtype not in FUSED_DTYPES or bucket.table.dtype != torch.float32:
             return f"the group has {param.dtype} parameters, and it takes float32, bfloat16 and float16"
+        if param.grad is not None and param.grad.dtype != param.dtype:
+            return f"the gradient of a {param.dtype} parameter is {param.grad.dtype}"
     return None
 
 

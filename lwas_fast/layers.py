@@ -86,8 +86,9 @@ class Selection:
         rows: Which rows of the bucket's table the S layers are: a slice or a LongTensor.
         layer: For each tensor, its layer's position among the S; does not decrease.
         index: LongTensor (S, most tensors a layer has), padded with len(params).
-        elements: (S,), elements of each layer.
+        elements: (S,) int64, elements of each layer.
         where: LongTensor (N, 2) on the CPU: each tensor's row in the bucket's table, and its position in the bucket.
+        dtype: The table's.
     """
 
     indices: tuple[int, ...]
@@ -97,11 +98,12 @@ class Selection:
     index: Tensor
     elements: Tensor
     where: Tensor
+    dtype: torch.dtype
 
     @property
     def floor(self) -> Tensor:
         """(S,), the least norm a layer's weights count with (see RMS_FLOOR)."""
-        return RMS_FLOOR * self.elements.sqrt()
+        return RMS_FLOOR * self.elements.to(self.dtype).sqrt()
 
     def per_layer(self, values: Tensor) -> Tensor:
         """Sum numbers of tensors (N, ...) to numbers of layers (S, ...), always in the same order."""
@@ -126,6 +128,7 @@ class Bucket:
         names: Layer names, one for each row.
         table: (L, len(Column)), each layer's statistics: see rates.Column.
         steps: (N,) float32, the updates that each parameter has had.
+        counts: Views of `steps`, one for each parameter.
     """
 
     group: int
@@ -134,6 +137,7 @@ class Bucket:
     names: list[str]
     table: Tensor
     steps: Tensor
+    counts: list[Tensor]
     _selections: dict[tuple[int, ...], Selection] = field(default_factory=dict)
 
     def select(self, indices: Sequence[int]) -> Selection:
@@ -156,11 +160,12 @@ class Bucket:
         device = self.table.device
         index = torch.tensor([m + [len(indices)] * (width - len(m)) for m in members], device=device)
         sizes = [sum(self.params[indices[n]].numel() for n in m) for m in members]
-        elements = torch.tensor(sizes, dtype=self.table.dtype, device=device)
+        elements = torch.tensor(sizes, device=device)
         contiguous = rows == list(range(rows[0], rows[-1] + 1))
         which = slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows, device=device)
         where = torch.tensor([[self.row[i], i] for i in indices])
-        return Selection(indices, [self.params[i] for i in indices], which, layer, index, elements, where)
+        params = [self.params[i] for i in indices]
+        return Selection(indices, params, which, layer, index, elements, where, self.table.dtype)
 
 
 def make_buckets(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> list[Bucket]:
@@ -197,10 +202,11 @@ def make_buckets(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict
             dtype = torch.float64 if double else torch.float32
             table = torch.zeros(len(rows), len(Column), dtype=dtype, device=device)
             steps = torch.zeros(len(params), dtype=torch.float32, device=device)
+            counts = list(steps.unbind())
             for i, (param, r) in enumerate(zip(params, row, strict=True)):
                 if param in state and "layer" in state[param]:
                     table[r] = state[param]["layer"]
-                    steps[i] = state[param]["step"]
-                    state[param] |= {"layer": table[r], "step": steps[i]}
-            buckets.append(Bucket(number, params, row, list(rows), table, steps))
+                    counts[i].copy_(state[param]["step"])
+                    state[param] |= {"layer": table[r], "step": counts[i]}
+            buckets.append(Bucket(number, params, row, list(rows), table, steps, counts))
     return buckets

@@ -134,7 +134,8 @@ class LayerwiseOptimizer(Optimizer):
         Returns:
             For each layer: ``rate``; ``applied`` (rate after lr, ramp and cap in the last step); ``descent`` and
             ``curvature`` of the last measurement; and counts: ``refreshes``, ``negative``, ``nonfinite``,
-            ``no_descent`` and ``growth`` of refreshes, ``capped`` and ``skipped`` of steps. Waits for the device.
+            ``no_descent`` and ``growth`` of refreshes, ``capped`` and ``skipped`` of steps; ``length`` of the direction
+            and ``size`` of the weights in the last step (Euclidean norms). Waits for the device.
         """
         shown = [column for column in Column if column >= Column.DESCENT]
         now = self.rates()
@@ -142,7 +143,7 @@ class LayerwiseOptimizer(Optimizer):
         for bucket in self._buckets:
             for name, row in zip(bucket.names, bucket.table.tolist(), strict=True):
                 found[name] = {"rate": now[name]} | {column.name.lower(): row[column] for column in shown}
-                found[name] |= {c.name.lower(): int(row[c]) for c in shown if c >= Column.REFRESHES}
+                found[name] |= {c.name.lower(): int(row[c]) for c in shown if Column.REFRESHES <= c <= Column.SKIPPED}
         return found
 
     # ---- backward -----------------------------------------------------------------------------------------------
@@ -204,32 +205,36 @@ class LayerwiseOptimizer(Optimizer):
 
         Raises:
             TypeError: The closure returned no tensor, or a gradient is sparse. Nothing has been updated.
+            RuntimeError: ``fused=True``, and the compiled update cannot serve. Nothing has been updated.
         """
         value = None if closure is None else measure.run_closure(self, closure)
         groups.check_dense(self.param_groups, attrgetter("grad"))
-        if self._measured is not None:
-            for bucket, selection, sums in self._measured.sums:
-                rows = bucket.table[selection.rows]
-                bucket.table[selection.rows] = rates.refresh(rows, sums, self.param_groups[bucket.group])
-            for number in self._measured.groups:
-                group = self.param_groups[number]
-                group["next_refresh"] = group["steps"] + group["update_every"]
-        else:
-            self._warn_if_overdue()
-        moved = set()
+        moving = []
         for bucket in self._buckets:
-            if self._update(bucket, self.param_groups[bucket.group]):
-                moved.add(bucket.group)
-        for number in moved:
+            if present := [i for i, p in enumerate(bucket.params) if p.grad is not None]:
+                group = self.param_groups[bucket.group]
+                moving.append((bucket, group, present, backends.update_implementation(group, bucket)))
+        if self._measured is None:
+            self._warn_if_overdue()
+        else:
+            self._take_in(self._measured)
+        for bucket, group, present, implementation in moving:
+            self._update(bucket, group, present, implementation)
+        for number in {bucket.group for bucket, *_ in moving}:
             self.param_groups[number]["steps"] += 1
         self._close_window()
         return value
 
-    def _update(self, bucket: Bucket, group: dict[str, Any]) -> bool:
-        present = [i for i, p in enumerate(bucket.params) if p.grad is not None]
-        if not present:
-            return False
-        implementation = backends.update_implementation(group, bucket)
+    def _take_in(self, measured: Measured) -> None:
+        self._measured = None  # once, even if the update fails
+        for bucket, selection, sums in measured.sums:
+            rows = bucket.table[selection.rows]
+            bucket.table[selection.rows] = rates.refresh(rows, sums, self.param_groups[bucket.group])
+        for number in measured.groups:
+            group = self.param_groups[number]
+            group["next_refresh"] = group["steps"] + group["update_every"]
+
+    def _update(self, bucket: Bucket, group: dict[str, Any], present: list[int], implementation: str) -> None:
         if implementation == "single":
             parts = [[i for i in present if bucket.row[i] == row] for row in sorted({bucket.row[i] for i in present})]
         else:
@@ -240,12 +245,14 @@ class LayerwiseOptimizer(Optimizer):
             states = [self.state[p] for p in selection.params]
             for i, state in zip(selection.indices, states, strict=True):
                 if not state:
+                    bucket.counts[i].zero_()  # of a state that was thrown away
                     state.update(self._state_of(bucket, i))
+                elif state["step"] is not bucket.counts[i]:  # somebody put another one there
+                    state["step"] = bucket.counts[i].copy_(state["step"])
             if implementation == "fused":
                 self._fused(bucket, selection, group, states, scaling)
             else:
                 step_selection(bucket, selection, group, states, scaling, self._advance, self._decoupled)
-        return True
 
     def _state_of(self, bucket: Bucket, i: int) -> dict[str, Any]:
         """The state of a bucket's i-th parameter; zeros, not yet entered in `state`, before its first step."""
@@ -257,7 +264,7 @@ class LayerwiseOptimizer(Optimizer):
             for name in self._buffers
         }
         # Views of the bucket's: a layer's numbers travel with its parameters.
-        return {"step": bucket.steps[i], **zeros, "layer": bucket.table[bucket.row[i]]}
+        return {"step": bucket.counts[i], **zeros, "layer": bucket.table[bucket.row[i]]}
 
     def _warn_if_overdue(self) -> None:
         late = [g for g in self.param_groups if self._due(g) and g["steps"] >= g["next_refresh"] + g["update_every"]]

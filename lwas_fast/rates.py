@@ -178,7 +178,8 @@ def apply(
     rate = current(table, control.warmup_rate)
     if control.warming:
         rate = torch.full_like(rate, control.warmup_rate)
-    bound = torch.where(lengths > 0, control.cap * sizes / lengths, math.inf).clamp(max=control.largest_rate)
+    bound = torch.where(lengths > 0, control.cap * sizes / lengths, math.inf)
+    bound = bound.nan_to_num(nan=0.0, posinf=math.inf).clamp(max=control.largest_rate)  # NaN: both norms overflowed
     new[:, Column.APPLIED] = torch.where(moves, torch.minimum(rate, bound) * lr * control.ramp, 0.0)
     new[:, Column.CAPPED] += moves & (rate > bound)
     new[:, Column.SKIPPED] += skipped

@@ -47,8 +47,7 @@ class Moving:
         self._finite = [gradient.square().isfinite() for gradient in gradients]
         if scaling.found_inf is not None:
             self._finite = [finite & (scaling.found_inf.to(finite.device) == 0) for finite in self._finite]
-        alive = torch.stack([finite.sum() for finite in self._finite]).to(selection.elements.dtype)
-        alive = selection.per_layer(alive)
+        alive = selection.per_layer(torch.stack([finite.sum() for finite in self._finite]))
         self.skips = alive < selection.elements
         self.moves = (alive > 0) | ~self.skips
         self._selection = selection
@@ -62,7 +61,7 @@ class Moving:
         steps = [state["step"] for state in states]
         moves = self.moves.to(torch.float32)
         torch._foreach_add_(steps, [moves[layer] for layer in self._selection.layer])
-        return torch.stack(steps).to(self._selection.elements.dtype)
+        return torch.stack(steps).to(self._selection.dtype)
 
     def each(self, values: Tensor) -> list[Tensor]:
         """Split numbers of tensors (N,) into N views in the tensors' own dtypes."""
