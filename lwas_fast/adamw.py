@@ -36,6 +36,8 @@ class AdamWLW(LayerwiseOptimizer):
         weight_decay: Decoupled decay; it enters the measured curvature too.
         ramp_steps: Measured rates grow linearly from 0 to full over this many steps.
         cap: Most that a step may change a layer, as a share of its weights' norm.
+        noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off.
+        warmup_rate: The rate in warm-up and of layers never measured.
         **common: See :class:`lwas_fast.optimizer.LayerwiseOptimizer`.
 
     Raises:
@@ -56,12 +58,13 @@ class AdamWLW(LayerwiseOptimizer):
         *,
         ramp_steps: int = 0,
         cap: float = 0.1,
+        noise_exponent: float = 0.0,
         warmup_rate: float = 1e-3,
         layers: LayerRule = None,
         **common: Unpack[Common],
     ):
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        own |= {"ramp_steps": ramp_steps, "cap": cap, "warmup_rate": warmup_rate}
+        own |= {"ramp_steps": ramp_steps, "cap": cap, "noise_exponent": noise_exponent, "warmup_rate": warmup_rate}
         super().__init__(params, own, layers, common)
 
     def _probe(self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor) -> ProbeVectors:

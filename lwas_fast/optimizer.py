@@ -42,7 +42,7 @@ class LayerwiseOptimizer(Optimizer):
             (with momentum).
         hvp (str): ``"autograd"`` (default) or ``"finite_difference"``. ``step(closure)`` uses the latter anyway.
         rate_horizon (float): Steps over which rates are averaged; 0: no averaging. Default 100.
-        noise_exponent (float): Power of the share of signal in the gradient that scales rates; 0: off. Default 0.25.
+        noise_exponent (float): Power of the share of signal in the gradient that scales rates; 0: off.
         max_growth (float): Most that a measured rate may exceed the present one, as a factor. Default 10.
         warmup_steps (int): Steps without measurement, at ``warmup_rate``. Default 0.
         warmup_rate (float): The rate in warm-up and of layers never measured.

@@ -18,7 +18,6 @@ class Common(TypedDict, total=False):
     probe: str
     hvp: str
     rate_horizon: float
-    noise_exponent: float
     max_growth: float
     warmup_steps: int
     damping: float
@@ -36,7 +35,6 @@ DEFAULTS: Common = {
     "probe": "gradient",
     "hvp": "autograd",
     "rate_horizon": 100.0,
-    "noise_exponent": 0.25,
     "max_growth": 10.0,
     "warmup_steps": 0,
     "damping": 0.0,

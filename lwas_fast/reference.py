@@ -89,7 +89,7 @@ class Hyper:
     curvature: str = "signs"
     probe: str = "gradient"
     rate_horizon: float = 100.0
-    noise_exponent: float = 0.25
+    noise_exponent: float = 0.125
     cap: float = 0.03
     max_growth: float = 10.0
     warmup_steps: int = 0
@@ -220,4 +220,4 @@ class ReferenceSGDLW(Reference):
 class ReferenceAdamWLW(Reference):
     """AdamW-LW: Adam's direction, decoupled weight decay."""
 
-    adam, defaults = True, Hyper(weight_decay=0.01, cap=0.1, warmup_rate=1e-3, ramp_steps=0)
+    adam, defaults = True, Hyper(weight_decay=0.01, cap=0.1, warmup_rate=1e-3, ramp_steps=0, noise_exponent=0.0)

@@ -37,6 +37,8 @@ class SGDLW(LayerwiseOptimizer):
         weight_decay: L2 coefficient; it enters the measured curvature too.
         ramp_steps: Measured rates grow linearly from 0 to full over this many steps.
         cap: Most that a step may change a layer, as a share of its weights' norm.
+        noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off.
+        warmup_rate: The rate in warm-up and of layers never measured.
         **common: See :class:`lwas_fast.optimizer.LayerwiseOptimizer`.
 
     Raises:
@@ -56,12 +58,13 @@ class SGDLW(LayerwiseOptimizer):
         *,
         ramp_steps: int = 50,
         cap: float = 0.03,
+        noise_exponent: float = 0.125,
         warmup_rate: float = 1e-2,
         layers: LayerRule = None,
         **common: Unpack[Common],
     ):
         own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        own |= {"ramp_steps": ramp_steps, "cap": cap, "warmup_rate": warmup_rate}
+        own |= {"ramp_steps": ramp_steps, "cap": cap, "noise_exponent": noise_exponent, "warmup_rate": warmup_rate}
         super().__init__(params, own, layers, common)
 
     def _probe(self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor) -> ProbeVectors:

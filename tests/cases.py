@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "blocks": {"curvature": "blocks", "update_every": 3},
     "update_probe": {"probe": "update", "update_every": 2},
     "no_average": {"rate_horizon": 0.0, "update_every": 2},
+    "noise_factor": {"noise_exponent": 0.25, "update_every": 2},
     "no_noise_factor": {"noise_exponent": 0.0, "update_every": 2},
     "heavy_noise_factor": {"noise_exponent": 1.0, "update_every": 2},
     "weight_decay": {"weight_decay": 0.3, "update_every": 2},
