@@ -6,9 +6,12 @@ metadata is in pyproject.toml.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import setup
 
@@ -16,7 +19,9 @@ SOURCES = ["csrc/bindings.cpp", "csrc/update_cpu.cpp"]
 CUDA_SOURCES = ["csrc/update_cuda.cu"]
 # No C++ code of ours reads errno or floating-point exceptions; with them GCC vectorises neither root nor selection.
 # Unrolling gives the sums more than one chain of additions.
-CXX_FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-funroll-loops"]
+# Apple's compiler has no OpenMP of its own; there one thread does the work.
+CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-funroll-loops"]
+CXX_FLAGS += ["-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp"]
 
 
 def say(text: str) -> None:
@@ -30,6 +35,19 @@ def wanted() -> str:
     if choice not in ("auto", "cuda", "cpu", "none"):
         raise SystemExit(f"LWAS_FAST_BUILD={choice}: it must be auto, cuda, cpu or none")
     return choice
+
+
+def why_no_cuda(torch: ModuleType, home: str | None) -> str | None:
+    """Say why the CUDA part cannot be built; None where it can."""
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    nvcc = Path(home or "") / "bin" / "nvcc"
+    if home is None or not nvcc.exists():
+        return "there is no CUDA toolkit with nvcc (set CUDA_HOME)"
+    found = re.search(r"release (\d+)\.", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if found is None or found[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {found[1] if found else '?'}, this torch of {torch.version.cuda}"
+    return None
 
 
 def extension() -> dict:
@@ -61,34 +79,40 @@ def extension() -> dict:
     if shutil.which(compiler.split()[0]) is None:
         return without("there is no C++ compiler", ("cpu", "cuda"))
 
-    cuda_missing = None
-    if torch.version.cuda is None:
-        cuda_missing = "this torch has no CUDA"
-    elif cpp_extension.CUDA_HOME is None or not (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists():
-        cuda_missing = "there is no CUDA toolkit with nvcc (set CUDA_HOME)"
+    cuda_missing = why_no_cuda(torch, cpp_extension.CUDA_HOME)
     if cuda_missing and choice == "cuda":
         return without(cuda_missing, ("cuda",))
     with_cuda = choice != "cpu" and cuda_missing is None
     say(f"compiled update for {'CPU and CUDA' if with_cuda else f'the CPU ({cuda_missing or choice})'}")
+    if with_cuda and not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # torch would ask the GPUs that are not there
 
     # The name carries torch's version: there is no stable interface between its releases, so an extension is looked up
     # for the torch that runs, and one built for another is never loaded.
     name = "lwas_fast._C_torch" + "_".join(torch.__version__.split(".")[:2])
-    macros = []
-    flags = {"cxx": CXX_FLAGS}
-    if with_cuda:
-        arches = os.environ.get("TORCH_CUDA_ARCH_LIST") or "of the GPUs at build time"
-        macros = [("LWAS_CUDA", f'"{arches}"')]
-        flags["nvcc"] = ["-std=c++20", "-O3"]
+    arches = os.environ.get("TORCH_CUDA_ARCH_LIST") or "the GPUs at build time"
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     module = kind(
         name,
         SOURCES + (CUDA_SOURCES if with_cuda else []),
-        define_macros=macros,
-        extra_compile_args=flags,
+        define_macros=[("LWAS_CUDA", f'"{arches}"')] if with_cuda else [],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-std=c++20", "-O3"]},
         depends=[str(path) for path in Path("csrc").glob("*.*h")],
+        optional=choice == "auto",
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+    class Build(cpp_extension.BuildExtension):  # type: ignore[misc]
+        """torch's, which does not fail in earnest where the build was only tried."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:  # torch raises of many kinds
+                if choice != "auto":
+                    raise
+                say(f"no compiled update: the build failed ({error}). The package works without, in plain torch")
+
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
 setup(

@@ -92,26 +92,38 @@ __device__ __forceinline__ void for_each_element(T* __restrict__ param, const T*
   }
 }
 
-constexpr int kSums = 4;
-
-// Sums over the block, for thread 0, always in the same order. `shared` holds kSums * 32 values; all threads must call.
+// What the blocks of a kernel add up: sums, and one largest value.
+constexpr int kSums = 3;
 template <typename T>
-__device__ __forceinline__ void block_sum(T (&value)[kSums], T* shared) {
-#pragma unroll
-  for (int k = 0; k < kSums; ++k) {
-    for (int offset = 16; offset > 0; offset /= 2) value[k] += __shfl_down_sync(0xffffffffu, value[k], offset);
+struct Reduced {
+  T sum[kSums];
+  T largest;
+
+  __device__ __forceinline__ void take(const Reduced& other) {
+    for (int k = 0; k < kSums; ++k) sum[k] += other.sum[k];
+    largest = other.largest > largest ? other.largest : largest;
   }
+  __device__ __forceinline__ void reduce_warp() {
+    for (int offset = 16; offset > 0; offset /= 2) {
+      Reduced other;
+      for (int k = 0; k < kSums; ++k) other.sum[k] = __shfl_down_sync(0xffffffffu, sum[k], offset);
+      other.largest = __shfl_down_sync(0xffffffffu, largest, offset);
+      take(other);
+    }
+  }
+};
+
+// Reduces over the block, for thread 0, always in the same order. `shared` holds 32 of them; all threads must call.
+template <typename T>
+__device__ __forceinline__ void reduce_block(Reduced<T>& value, Reduced<T>* shared) {
+  value.reduce_warp();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   __syncthreads();  // whoever used `shared` before is done
-  if (lane == 0) {
-    for (int k = 0; k < kSums; ++k) shared[kSums * warp + k] = value[k];
-  }
+  if (lane == 0) shared[warp] = value;
   __syncthreads();
   if (warp == 0) {
-    for (int k = 0; k < kSums; ++k) {
-      value[k] = lane < kThreads / 32 ? shared[kSums * lane + k] : T(0);
-      for (int offset = 16; offset > 0; offset /= 2) value[k] += __shfl_down_sync(0xffffffffu, value[k], offset);
-    }
+    value = lane < kThreads / 32 ? shared[lane] : Reduced<T>{};
+    value.reduce_warp();
   }
 }
 

@@ -54,7 +54,7 @@ struct Float16 {
 #endif
 
 struct Totals {
-  double length = 0, size = 0, skipped = 0, held = 0;
+  double length = 0, size = 0, skipped = 0, reach = 0;
 };
 
 template <typename Rule, typename Type>
@@ -67,8 +67,8 @@ LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rat
   Totals totals;
   for (int64_t begin = 0; begin < count; begin += kSummed) {
     const int64_t end = std::min(count, begin + kSummed);
-    float length = 0, size = 0, skipped = 0, held = 0;
-#pragma omp simd reduction(+ : length, size, skipped, held)
+    float length = 0, size = 0, skipped = 0;
+#pragma omp simd reduction(+ : length, size, skipped)
     for (int64_t i = begin; i < end; ++i) {
       Sums sums;
       float weight = Type::load(param[i]), m = first[i], v = Rule::kSecond ? second[i] : 0.0f;
@@ -79,12 +79,11 @@ LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rat
       length += sums.length;
       size += sums.size;
       skipped += sums.skipped;
-      held += sums.held;
     }
     totals.length += length;
     totals.size += size;
     totals.skipped += skipped;
-    totals.held += held;
+    totals.reach = std::max(totals.reach, rate * std::sqrt(double(length)));  // no less than the largest |rate * d|
   }
   return totals;
 }
@@ -223,13 +222,13 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
       layer.totals.length += partial[chunk].length;
       layer.totals.size += partial[chunk].size;
       layer.totals.skipped += partial[chunk].skipped;
-      layer.totals.held += partial[chunk].held;
+      layer.totals.reach = std::max(layer.totals.reach, partial[chunk].reach);
     }
     if (i + 1 == tensors || layer_of[i + 1] != layer_of[i]) {
       float* row = call.table + int64_t(call.slots[i].row) * kColumns;
       const Totals& t = layer.totals;
       layer.settled =
-          settle(control, row, layer.near, layer.limit, t.length, t.size, t.skipped, t.held, layer.elements);
+          settle(control, row, layer.near, layer.limit, t.length, t.size, t.skipped, t.reach, layer.elements);
       differs |= layer.settled.differs();
       record(layer.settled, t.skipped, row);
     }

@@ -16,7 +16,7 @@ namespace {
 // What the first pass leaves of a chunk. `state` is the tensor's step count with this step, negative where the layer's
 // weights were left alone; it and `limit` are here because the second pass must not read what its own blocks write.
 struct Partial {
-  float length, size, skipped, held, state, limit;
+  float length, size, skipped, reach, state, limit;
 };
 
 struct Scalars {
@@ -86,18 +86,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         });
   });
 
-  __shared__ float shared[kSums * 32];
-  float value[kSums] = {sums.length, sums.size, sums.skipped, sums.held};
-  block_sum(value, shared);
+  __shared__ Reduced<float> shared[32];
+  Reduced<float> value{{sums.length, sums.size, sums.skipped}, sums.reach};
+  reduce_block(value, shared);
   if (threadIdx.x == 0)
-    s.partials[table.chunk_base + chunk] = {value[0], value[1], value[2], value[3], state_shared, limit};
+    s.partials[table.chunk_base + chunk] = {value.sum[0],  value.sum[1], value.sum[2],
+                                            value.largest, state_shared, limit};
 }
 
 template <typename Rule, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     second_pass(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Scalars s) {
   if (s.found_inf && *s.found_inf != 0) return;
-  __shared__ double shared[kSums * 32];
+  __shared__ Reduced<double> shared[32];
   __shared__ Settled settled_shared;
   __shared__ Bias bias_shared;
   const float factor = factor_of(s);
@@ -112,20 +113,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     float* statistics = s.table + int64_t(table.row[tensor]) * kColumns;
     if (row != table.row[tensor]) {
       row = table.row[tensor];
-      double value[kSums] = {0, 0, 0, 0};
+      Reduced<double> value{};
       for (int i = layer_begin + threadIdx.x; i < layer_end; i += kThreads) {
         const Partial partial = s.partials[i];
-        value[0] += partial.length;
-        value[1] += partial.size;
-        value[2] += partial.skipped;
-        value[3] += partial.held;
+        value.take({{partial.length, partial.size, partial.skipped}, partial.reach});
       }
-      block_sum(value, shared);
+      reduce_block(value, shared);
       if (threadIdx.x == 0) {
-        settled_shared = settle(s.control, statistics, own.state < 0, own.limit, value[0], value[1], value[2], value[3],
-                                double(table.elements[tensor]));
+        settled_shared = settle(s.control, statistics, own.state < 0, own.limit, value.sum[0], value.sum[1],
+                                value.sum[2], value.largest, double(table.elements[tensor]));
         // One block does the bookkeeping; the columns written here are read by no other.
-        if (table.chunk_base + chunk == layer_begin) record(settled_shared, value[2], statistics);
+        if (table.chunk_base + chunk == layer_begin) record(settled_shared, value.sum[2], statistics);
       }
       __syncthreads();
     }

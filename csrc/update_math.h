@@ -103,17 +103,16 @@ LWAS_HD float kept(const Options& o, float rate) {
 
 // How far the first pass moves a weight: no further than `limit`, which is about the size of a weight, lest taking it
 // back leave nothing but the rounding of a runaway.
-LWAS_HD float first_move(float rate, float direction, float limit) {
-  const float move = rate * direction;
-  const float below = move > limit ? limit : move;
-  return below < -limit ? -limit : below;
+LWAS_HD float held_back(float move, float limit) {
+  const float below = move < limit ? move : limit;
+  return below > -limit ? below : -limit;
 }
 
 // What a pass sums up of a piece of a layer.
 struct Sums {
   float length = 0, size = 0;  // ||d||^2 and ||W||^2, W before the step
   float skipped = 0;           // elements whose gradient is not finite: left alone
-  float held = 0;              // elements that the first pass moved by less than rate * d
+  float reach = 0;             // largest |rate * d|, or more: beyond the limit, an element may have been held back
 };
 
 // Selections below choose between values that are worked out in any case: that is what compilers vectorise.
@@ -129,12 +128,13 @@ LWAS_HD void advance_element(const Options& o, const Bias& b, float rate, float 
   if (Rule::kSecond) second = finite ? v : second;
   const float direction = Rule::direction(o, b, m, v);
   const float d = finite ? direction : 0.0f;
-  const float move = first_move(rate, d, limit);
+  const float move = rate * d;
   sums.length += d * d;
   sums.size += weight * weight;
   sums.skipped += finite ? 0.0f : 1.0f;
-  sums.held += move == rate * d ? 0.0f : 1.0f;
-  const float next = kept<Rule>(o, rate) * weight + move;
+  const float size = fabsf(move);
+  sums.reach = size > sums.reach ? size : sums.reach;
+  const float next = kept<Rule>(o, rate) * weight + held_back(move, limit);
   weight = finite ? next : weight;
 }
 
@@ -143,7 +143,7 @@ template <typename Rule>
 LWAS_HD float correct_element(const Options& o, const Bias& b, float before, float limit, float rate, float gradient,
                               float weight, float first, float second) {
   const float d = Rule::direction(o, b, first, second);
-  const float back = (weight - first_move(before, d, limit)) / kept<Rule>(o, before);
+  const float back = (weight - held_back(before * d, limit)) / kept<Rule>(o, before);
   const float start = before != 0.0f ? back : weight;
   const float next = kept<Rule>(o, rate) * start + rate * d;
   return is_finite(gradient) ? next : weight;
@@ -170,8 +170,8 @@ LWAS_HD bool waits(const Options& o, const Control& c, const float* row) {
   return !(c.margin * rate_of(c, row) * row[kLength] < c.cap * row[kSize]);
 }
 
-// The limit of its moves: the root mean square of the layer's weights, as far as it is known.
-LWAS_HD float limit_of(const float* row, double elements) { return row[kSize] / sqrtf(float(elements)); }
+// The limit of its moves: twice the root mean square of the layer's weights, as far as that is known.
+LWAS_HD float limit_of(const float* row, double elements) { return 2.0f * row[kSize] / sqrtf(float(elements)); }
 
 // What is known of a layer after the first pass.
 struct Settled {
@@ -183,10 +183,10 @@ struct Settled {
 };
 
 LWAS_HD Settled settle(const Control& c, const float* row, bool near, float limit, double length, double size,
-                       double skipped, double held, double elements) {
+                       double skipped, double reach, double elements) {
   Settled s;
   s.limit = limit;
-  s.held = held > 0;
+  s.held = !near && reach > limit;
   const float floor = c.rms_floor * sqrtf(float(elements));
   s.length = float(sqrt(length));
   s.size = float(sqrt(size));

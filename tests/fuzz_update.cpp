@@ -192,7 +192,7 @@ int run(int list) {
         weights += k.weight[i] * k.weight[i];
       }
     }
-    const double limit = before[kSize] / std::sqrt(elements);
+    const double limit = 2 * before[kSize] / std::sqrt(elements);
     const bool nothing = found_inf != 0, moves = !nothing && (alive > 0 || elements == 0);
     length = std::sqrt(length);
     weights = std::max(std::sqrt(weights), 0.01 * std::sqrt(elements));
