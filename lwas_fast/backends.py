@@ -40,6 +40,7 @@ def load_extension(version: str = torch.__version__) -> tuple[ModuleType | None,
 
 
 EXTENSION, MISSING = load_extension()
+BUILD: dict[str, Any] = EXTENSION.build_info() if EXTENSION is not None else {}  # asked for at every step
 
 
 def check_fused(group: dict[str, Any]) -> None:
@@ -60,9 +61,9 @@ def _why_not_fused(bucket: Bucket) -> str | None:
     if EXTENSION is None:
         return MISSING
     device = bucket.table.device.type
-    if device != "cpu" and not (device == "cuda" and EXTENSION.build_info()["cuda"]):
+    if device != "cpu" and not (device == "cuda" and BUILD["cuda"]):
         return f"it was not built for {device}"
-    half = device == "cpu" and not EXTENSION.build_info()["float16_on_cpu"]
+    half = device == "cpu" and not BUILD["float16_on_cpu"]
     for param in bucket.params:
         if half and param.dtype == torch.float16:
             return "the compiler that built it knows no float16"
@@ -103,9 +104,8 @@ def describe() -> list[tuple[str, str]]:
     if EXTENSION is None:
         update = f"torch foreach; no compiled update: {MISSING}"
     else:
-        info = EXTENSION.build_info()
-        where = f"CPU and CUDA ({info['cuda']})" if info["cuda"] else "CPU"
-        update = f"compiled, for {where}; torch {info['torch']}, compiler {info['compiler']}"
+        where = f"CPU and CUDA ({BUILD['cuda']})" if BUILD["cuda"] else "CPU"
+        update = f"compiled, for {where}; torch {BUILD['torch']}, compiler {BUILD['compiler']}"
     return [
         ("lwas_fast", lwas_fast.__version__),
         ("torch", torch.__version__),

@@ -6,7 +6,7 @@ schema asks for.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,24 +16,33 @@ from lwas_fast.layers import RMS_FLOOR, Bucket, Selection
 from lwas_fast.update import Scaling
 
 # A layer whose step was within this factor of its cap has its weights moved in a second pass, when the norms are known;
-# others in the first, and corrected if they turn out to be capped. Results are the same up to rounding: that of the
-# uncapped step in the parameter's dtype, where a correction was needed. It takes a direction that many times as long as
-# the one before.
+# others in the first, and corrected if they turn out to be capped, which takes a direction that many times as long as
+# the one before. Results are the same up to rounding: one more, at about the weights' own size, where it was corrected.
 NEAR = 4.0
 
 
-def _control(bucket: Bucket, group: dict[str, Any], decoupled: bool) -> tuple[list[float], bool, Tensor | None]:
-    """What the operators call control, whether this is warm-up, and a multiplier to be read on the device."""
+def _scalar(value: Tensor | None, table: Tensor) -> Tensor | None:
+    return None if value is None else value.to(device=table.device, dtype=torch.float32)
+
+
+class _Common(NamedTuple):
+    """What both operators ask for: before their own hyperparameters, and after."""
+
+    first: tuple[Any, ...]
+    last: tuple[Any, ...]
+
+
+def _common(bucket: Bucket, selection: Selection, group: dict[str, Any], scaling: Scaling, decoupled: bool) -> _Common:
     lr: float | Tensor = group["lr"]
     on_device = None
     if isinstance(lr, Tensor) and lr.is_cuda and lr.device == bucket.table.device:
         on_device, lr = lr.to(torch.float32), 1.0  # to read it here would wait for the device
     warming, warmup_rate, ramp, cap, largest = rates.control(group, decoupled)
-    return [float(lr), ramp, warmup_rate, cap, largest, RMS_FLOOR, NEAR], warming, on_device
-
-
-def _scalar(value: Tensor | None, table: Tensor) -> Tensor | None:
-    return None if value is None else value.to(device=table.device, dtype=torch.float32)
+    control = [float(lr), ramp, warmup_rate, cap, largest, RMS_FLOOR, NEAR]
+    scalars = (_scalar(value, bucket.table) for value in scaling)
+    return _Common(
+        (bucket.table, bucket.steps, selection.where, control, warming), (group["maximize"], on_device, *scalars)
+    )
 
 
 def adamw(
@@ -51,24 +60,17 @@ def adamw(
     Raises:
         TypeError: A dtype that the operator does not take. Nothing has been changed.
     """
-    control, warming, lr = _control(bucket, group, decoupled=True)
+    common = _common(bucket, selection, group, scaling, decoupled=True)
     torch.ops.lwas_fast.adamw_step(
         selection.params,
         [p.grad for p in selection.params],
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
-        bucket.table,
-        bucket.steps,
-        selection.where,
-        control,
-        warming,
+        *common.first,
         *group["betas"],
         group["eps"],
         group["weight_decay"],
-        group["maximize"],
-        lr,
-        _scalar(scaling.grad_scale, bucket.table),
-        _scalar(scaling.found_inf, bucket.table),
+        *common.last,
     )
 
 
@@ -76,20 +78,13 @@ def sgd(
     bucket: Bucket, selection: Selection, group: dict[str, Any], states: list[dict[str, Any]], scaling: Scaling
 ) -> None:
     """Take an SGD step with momentum; see `adamw`."""
-    control, warming, lr = _control(bucket, group, decoupled=False)
+    common = _common(bucket, selection, group, scaling, decoupled=False)
     torch.ops.lwas_fast.sgd_step(
         selection.params,
         [p.grad for p in selection.params],
         [state["momentum_buffer"] for state in states],
-        bucket.table,
-        bucket.steps,
-        selection.where,
-        control,
-        warming,
+        *common.first,
         group["momentum"],
         group["weight_decay"],
-        group["maximize"],
-        lr,
-        _scalar(scaling.grad_scale, bucket.table),
-        _scalar(scaling.found_inf, bucket.table),
+        *common.last,
     )
