@@ -10,7 +10,6 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from lwas_fast import fused
-from lwas_fast.curvature import ProbeVectors
 from lwas_fast.layers import LayerRule
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
@@ -47,6 +46,7 @@ class AdamWLW(LayerwiseOptimizer):
     _buffers = ("exp_avg", "exp_avg_sq")
     _fused = staticmethod(fused.adamw)
     _decoupled = True
+    _average = "exp_avg"
 
     def __init__(
         self,
@@ -67,16 +67,33 @@ class AdamWLW(LayerwiseOptimizer):
         own |= {"ramp_steps": ramp_steps, "cap": cap, "noise_exponent": noise_exponent, "warmup_rate": warmup_rate}
         super().__init__(params, own, layers, common)
 
-    def _probe(self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor) -> ProbeVectors:
+    def _decay(self, group: dict[str, Any]) -> float:
+        return float(group["betas"][0])
+
+    def _directions(
+        self,
+        group: dict[str, Any],
+        states: list[dict[str, Any]],
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        steps: list[Tensor],
+        factors: list[float],
+    ) -> tuple[list[Tensor] | None, list[Tensor]]:
         beta1, beta2 = group["betas"]
-        old, steps = state["exp_avg"], state["step"].to(gradient.dtype)
-        second = state["exp_avg_sq"].lerp(gradient.square(), 1 - beta2) / bias_correction(steps + 1, beta2)
-        denominator = second.sqrt_().add_(group["eps"])
-        momentum = old / bias_correction(steps, beta1, empty=torch.nan)
+        squares = torch._foreach_mul(gradients, gradients)
+        denominators = list(torch._foreach_lerp([state["exp_avg_sq"] for state in states], squares, 1 - beta2))
+        del squares
+        torch._foreach_div_(denominators, [bias_correction(step, beta2) for step in steps])
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, group["eps"])
         if group["probe"] == "gradient":
-            return ProbeVectors(gradient, gradient / -denominator, momentum)
-        first = old.lerp(gradient, 1 - beta1) / -bias_correction(steps + 1, beta1)
-        return ProbeVectors(gradient, first / denominator, momentum)
+            directions = list(torch._foreach_div(gradients, denominators))
+        else:
+            directions = list(torch._foreach_lerp([state["exp_avg"] for state in states], gradients, 1 - beta1))
+            torch._foreach_div_(directions, [bias_correction(step, beta1) for step in steps])
+            torch._foreach_div_(directions, denominators)
+        torch._foreach_mul_(directions, factors)
+        return gradients, directions
 
     def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
         beta1, beta2 = group["betas"]

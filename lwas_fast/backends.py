@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,6 +93,41 @@ def update_implementation(group: dict[str, Any], bucket: Bucket) -> str:
     return "foreach"
 
 
+def _why_not_triton(device: torch.device) -> str | None:
+    """Why the single launch does not serve a device; None where it does."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "it is for NVIDIA GPUs"
+    return _triton_fails(device)
+
+
+@cache
+def _triton_fails(device: torch.device) -> str | None:
+    """Try it once: Triton is there without being of use where the C compiler is missing that it needs."""
+    if triton_version() is None:
+        return "Triton is not installed"
+    from lwas_fast.fused_rates import trial
+
+    try:
+        trial(device)
+    except Exception as error:  # whatever it is, training goes on without
+        return f"Triton does not work here ({type(error).__name__}: {str(error).splitlines()[0]})"
+    return None
+
+
+def rates_implementation(group: dict[str, Any], bucket: Bucket) -> str:
+    """Name the implementation that takes a measurement into a bucket's rates: ``"triton"`` or ``"torch"``."""
+    if group.get("foreach") is not None or group.get("fused") is False:
+        return "torch"
+    float32 = bucket.table.dtype == torch.float32 and all(p.dtype in FUSED_DTYPES for p in bucket.params)
+    return "triton" if float32 and _why_not_triton(bucket.table.device) is None else "torch"
+
+
+def rates_of() -> str:
+    """Say what takes measurements into rates here."""
+    why = "no GPU was found" if not torch.cuda.is_available() else _why_not_triton(torch.device("cuda", 0))
+    return "one Triton launch for all layers on CUDA; torch on the CPU" if why is None else f"torch; no Triton: {why}"
+
+
 def describe() -> list[tuple[str, str]]:
     """What is installed and active, as rows of (what, which)."""
     import lwas_fast
@@ -114,5 +150,5 @@ def describe() -> list[tuple[str, str]]:
         ("threads", str(torch.get_num_threads())),
         ("triton", triton_version() or "not installed (not needed)"),
         ("update", update),
-        ("rates", "torch (no Triton kernel in this version)"),
+        ("rates", rates_of()),
     ]

@@ -24,38 +24,60 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lwas_fast.layers import Bucket, Selection
-from lwas_fast.rates import Sums
 
 
-class ProbeVectors(NamedTuple):
-    """Of one tensor: gradient (with L2), probe direction, momentum before this gradient (NaN when there is none)."""
+class Vectors(NamedTuple):
+    """What is measured along: a list each, of one tensor for each parameter, in the dtype of its state.
 
-    gradient: Tensor
-    direction: Tensor
-    momentum: Tensor
+    Attributes:
+        gradients: Gradients (with L2); where None, a gradient is minus its direction. May be of the parameter's dtype.
+        directions: Probe directions times their layers' signs: what Hessian-vector products are taken with.
+        momenta: Averages of the gradient before this one, not corrected for bias; None where nobody asks for the
+            share of signal.
+    """
+
+    gradients: list[Tensor] | None
+    directions: list[Tensor]
+    momenta: list[Tensor] | None
 
 
 @dataclass
 class Probe:
-    """The vectors of one bucket's measurement.
+    """One bucket's measurement.
 
     Attributes:
         bucket: Where the layers are.
         selection: The tensors that have a gradient.
         vectors: Theirs, in that order.
-        scale: What the raw gradient and the raw product are to be multiplied by: micro-batches in the window, over the
-            loss scale, negative for maximize. A float or a tensor without dimension.
+        signs: ±1 for each layer of the selection.
+        scale: What raw products are to be multiplied by: micro-batches in the window, over the loss scale, negative for
+            maximize. A float or a tensor without dimension.
+        decay: Of the momenta.
     """
 
     bucket: Bucket
     selection: Selection
-    vectors: list[ProbeVectors]
+    vectors: Vectors
+    signs: list[float]
     scale: Tensor | float
+    decay: float
 
     @property
-    def directions(self) -> list[Tensor]:
-        """The tensors' probe directions."""
-        return [v.direction for v in self.vectors]
+    def rows(self) -> Tensor:
+        """The layers' statistics: (S, len(rates.Column))."""
+        return self.bucket.table[self.selection.rows]
+
+
+class Products(NamedTuple):
+    """Hessian times the directions of a probe.
+
+    Attributes:
+        tensors: For each parameter its part; None is zero.
+        factor: What they are to be multiplied by: a float, or a tensor without dimension, or (S,), by layer.
+    """
+
+    tensors: list[Tensor | None]
+    factor: Tensor | float
 
 
 def draw_signs(seed: int, step: int, count: int) -> list[float]:
@@ -66,39 +88,6 @@ def draw_signs(seed: int, step: int, count: int) -> list[float]:
     """
     bits = random.Random(f"{seed}:{step}").getrandbits(count) if count else 0
     return [1.0 if bits >> i & 1 else -1.0 for i in range(count)]
-
-
-def tensor_signs(probes: Sequence[Probe], signs: Sequence[float]) -> list[list[float]]:
-    """Hand each probe's tensors their layers' signs; `signs` runs over the layers of all probes in order."""
-    found, start = [], 0
-    for probe in probes:
-        found.append([signs[start + s] for s in probe.selection.layer])
-        start += len(probe.selection.floor)
-    return found
-
-
-def layer_sums(probe: Probe, products: Sequence[Tensor | None]) -> Tensor:
-    """Reduce a measurement to what the rates need.
-
-    Args:
-        probe: The vectors.
-        products: For each tensor its part of the Hessian-vector product, signs and scale taken out; None is zero.
-
-    Returns:
-        (S, len(Sums)), one row for each layer of the selection.
-    """
-    rows = []
-    dtype = probe.bucket.table.dtype
-    for (gradient, direction, momentum), product in zip(probe.vectors, products, strict=True):
-        nothing = direction.new_zeros(())
-        values = {
-            Sums.DESCENT: -(gradient * direction).sum(),
-            Sums.CURVATURE: nothing if product is None else (direction * product).sum(),
-            Sums.SQUARE: direction.square().sum(),
-            Sums.SIGNAL: -(direction * momentum).sum(),
-        }
-        rows.append(torch.stack([values[column].to(dtype) for column in Sums]))
-    return probe.selection.per_layer(torch.stack(rows))
 
 
 def _nodes(outputs: Iterable[Tensor]) -> Iterator[Node]:
@@ -154,49 +143,37 @@ def _products(
     return list(torch.autograd.grad(outputs, params, weights, retain_graph=keep, allow_unused=True))
 
 
-def by_autograd(
-    probes: Sequence[Probe], gradients: Sequence[Sequence[Tensor]], estimator: str, signs: Sequence[float]
-) -> Iterator[Tensor]:
-    """Measure by reverse over reverse.
+def by_autograd(probes: Sequence[Probe], gradients: Sequence[Sequence[Tensor]], estimator: str) -> list[Products]:
+    """Take Hessian-vector products by reverse over reverse.
 
     Args:
         probes: What to measure along.
         gradients: For each probe, the raw gradients of its tensors with their graph, which is released by this.
-        estimator: "signs", "joint" or "blocks".
-        signs: ±1 for each layer of all probes; used by "signs".
+        estimator: "signs" or "joint" (one product on all directions), or "blocks" (one a layer).
 
-    Yields:
-        For each probe, its (S, len(Sums)).
+    Returns:
+        The products, one for each probe.
     """
-    if estimator == "blocks":
-        blocks = [(p, s) for p, probe in enumerate(probes) for s in range(len(probe.selection.floor))]
-        parts: list[list[Tensor | None]] = [[None] * len(probe.vectors) for probe in probes]
-        for p, s in blocks:
-            members = [i for i, layer in enumerate(probes[p].selection.layer) if layer == s]
-            found = _products(
-                [gradients[p][i] for i in members],
-                [probes[p].selection.params[i] for i in members],
-                [probes[p].vectors[i].direction for i in members],
-                keep=(p, s) != blocks[-1],
-            )
-            for i, product in zip(members, found, strict=True):
-                parts[p][i] = product
-        factors = [[1.0] * len(probe.vectors) for probe in probes]
-    else:
-        factors = tensor_signs(probes, signs)
-        if estimator == "joint":
-            factors = [[1.0] * len(f) for f in factors]
-        vectors = [
-            v * f for probe, fs in zip(probes, factors, strict=True) for v, f in zip(probe.directions, fs, strict=True)
-        ]
-        flat = _products(
-            [g for gs in gradients for g in gs], [w for p in probes for w in p.selection.params], vectors, keep=False
+    found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
+    passes = product_passes(probes, estimator)
+    for members in passes:
+        products = _products(
+            [gradients[p][i] for p, i in members],
+            [probes[p].selection.params[i] for p, i in members],
+            [probes[p].vectors.directions[i] for p, i in members],
+            keep=members is not passes[-1],
         )
-        rest = iter(flat)
-        parts = [[next(rest) for _ in probe.vectors] for probe in probes]
-    for probe, part, fs in zip(probes, parts, factors, strict=True):
-        scaled = [
-            None if h is None else h.to(d.dtype) * (f * probe.scale)
-            for h, d, f in zip(part, probe.directions, fs, strict=True)
-        ]
-        yield layer_sums(probe, scaled)
+        for (p, i), product in zip(members, products, strict=True):
+            found[p][i] = product
+    return [Products(tensors, probe.scale) for probe, tensors in zip(probes, found, strict=True)]
+
+
+def product_passes(probes: Sequence[Probe], estimator: str) -> list[list[tuple[int, int]]]:
+    """Which tensors, as (probe, position), take part in which product: all in one, or a layer in each."""
+    everything = [(p, i) for p, probe in enumerate(probes) for i in range(len(probe.selection.params))]
+    if estimator != "blocks":
+        return [everything]
+    layers: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for p, i in everything:
+        layers.setdefault((p, probes[p].selection.layer[i]), []).append((p, i))
+    return list(layers.values())

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lwas_fast.buffers import buffers_kept
-from lwas_fast.curvature import Probe, layer_sums, tensor_signs
+from lwas_fast.curvature import Probe, Products, product_passes
+from lwas_fast.layers import squared_norms
 
 # Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
 # balances rounding (weights and gradients keep that many digits) against the third derivative.
@@ -70,15 +71,14 @@ def _displaced(params: Sequence[Tensor], displacements: Sequence[Tensor]) -> Ite
 
 def _lengths(probe: Probe, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Squared norms (S,) of the layers' weights, not below their floor, and of their directions."""
-    pairs = zip(probe.selection.params, probe.directions, strict=True)
-    square = [w.detach().to(d.dtype).square().sum().to(dtype) for w, d in pairs]
-    weights = probe.selection.per_layer(torch.stack(square))
-    along = [d.square().sum().to(dtype) for d in probe.directions]
-    return weights.maximum(probe.selection.floor.square()), probe.selection.per_layer(torch.stack(along))
+    weights = [w.detach().to(d.dtype) for w, d in zip(probe.selection.params, probe.vectors.directions, strict=True)]
+    size = probe.selection.per_layer(squared_norms(weights, dtype))
+    along = probe.selection.per_layer(squared_norms(probe.vectors.directions, dtype))
+    return size.maximum(probe.selection.floor.square()), along
 
 
-def _step_lengths(probes: Sequence[Probe], estimator: str) -> list[list[Tensor]]:
-    """For each tensor, the eps that its direction is multiplied by; 0 where there is no direction."""
+def _step_lengths(probes: Sequence[Probe], estimator: str) -> list[Tensor]:
+    """For each probe (S,), the eps that a layer's direction is multiplied by; 0 where there is no direction."""
     squares = [_lengths(probe, probe.bucket.table.dtype) for probe in probes]
     if estimator == "joint":  # the cross terms are part of what is measured: one eps for all layers
         device = squares[0][0].device
@@ -87,7 +87,7 @@ def _step_lengths(probes: Sequence[Probe], estimator: str) -> list[list[Tensor]]
     found = []
     for probe, (weights, along) in zip(probes, squares, strict=True):
         relative = max(_RELATIVE.get(p.dtype, 1e-3) for p in probe.selection.params)
-        found.append(probe.selection.per_tensor(torch.where(along > 0, relative * (weights / along).sqrt(), 0.0)))
+        found.append(torch.where(along > 0, relative * (weights / along).sqrt(), 0.0))
     return found
 
 
@@ -97,9 +97,8 @@ def by_differences(
     replay: Replay,
     leaves: Sequence[Tensor],
     estimator: str,
-    signs: Sequence[float],
-) -> Iterator[Tensor]:
-    """Measure by finite differences.
+) -> list[Products]:
+    """Take Hessian-vector products as differences of gradients.
 
     Args:
         probes: What to measure along; their gradients were taken at the present parameters.
@@ -107,44 +106,34 @@ def by_differences(
         replay: The random state that the first evaluation started from.
         leaves: Every tensor whose ``.grad`` the evaluation may touch.
         estimator: "signs", "joint" or "blocks"; the last evaluates once for each layer.
-        signs: ±1 for each layer of all probes; used by "signs".
 
-    Yields:
-        For each probe, its (S, len(Sums)).
+    Returns:
+        The products, one for each probe.
 
     Raises:
         Exception: Whatever `evaluate` raises, after everything has been put back.
     """
     eps = _step_lengths(probes, estimator)
-    factors = tensor_signs(probes, signs)
-    if estimator != "signs":
-        factors = [[1.0] * len(f) for f in factors]
-    everything = [(p, i) for p, probe in enumerate(probes) for i in range(len(probe.vectors))]
-    passes = [everything]
-    if estimator == "blocks":
-        layers: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for p, i in everything:
-            layers.setdefault((p, probes[p].selection.layer[i]), []).append((p, i))
-        passes = list(layers.values())
-
-    products: list[list[Tensor | None]] = [[None] * len(probe.vectors) for probe in probes]
+    of_tensor = [probe.selection.per_tensor(e) for probe, e in zip(probes, eps, strict=True)]
+    found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
     before = {leaf: leaf.grad.clone() for leaf in leaves if leaf.grad is not None}
-    for members in passes:
+    for members in product_passes(probes, estimator):
         moved = [probes[p].selection.params[i] for p, i in members]
-        steps = [probes[p].vectors[i].direction * (eps[p][i] * factors[p][i]) for p, i in members]
+        steps = [probes[p].vectors.directions[i] * of_tensor[p][i] for p, i in members]
         with _gradients_kept(leaves, before), _displaced(moved, steps), buffers_kept(leaves), replay.again():
             with torch.enable_grad():
                 evaluate()
             for p, i in members:
-                products[p][i] = _difference(probes[p], i, before, eps[p][i], factors[p][i])
-    for probe, part in zip(probes, products, strict=True):
-        yield layer_sums(probe, part)
+                found[p][i] = _difference(probes[p], i, before)
+    return [
+        Products(tensors, torch.where(e > 0, probe.scale / e, 0.0))
+        for probe, tensors, e in zip(probes, found, eps, strict=True)
+    ]
 
 
 @torch.no_grad()
-def _difference(probe: Probe, i: int, before: dict[Tensor, Tensor], eps: Tensor, factor: float) -> Tensor:
-    param, direction = probe.selection.params[i], probe.vectors[i].direction
+def _difference(probe: Probe, i: int, before: dict[Tensor, Tensor]) -> Tensor:
+    param, direction = probe.selection.params[i], probe.vectors.directions[i]
     if param.grad is None or param not in before:  # the evaluations differ in more than the weights: no number
         return torch.full_like(direction, torch.nan)
-    change = param.grad.to(direction.dtype) - before[param].to(direction.dtype)
-    return torch.where(eps > 0, change * (probe.scale * factor) / eps, 0.0)
+    return param.grad.to(direction.dtype) - before[param].to(direction.dtype)

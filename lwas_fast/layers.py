@@ -23,6 +23,18 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
 
 
+def squared_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The squared Euclidean norms (N,) of some tensors."""
+    norms: Sequence[Tensor] = torch._foreach_norm(tensors)
+    return torch.stack([norm.to(dtype) for norm in norms]).square()
+
+
+def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers (nested lists or an array) as a tensor on a device, without waiting for it."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def module_of(name: str) -> str:
     """The module that a parameter name belongs to: ``"conv1.weight"`` -> ``"conv1"``.
 
@@ -76,7 +88,7 @@ def layer_names(params: Sequence[Tensor], names: Sequence[str] | None, rule: Lay
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """The tensors of a bucket that take part in one pass, and how their numbers add up to layers.
 
@@ -158,11 +170,10 @@ class Bucket:
             members[s].append(n)
         width = max(map(len, members))
         device = self.table.device
-        index = torch.tensor([m + [len(indices)] * (width - len(m)) for m in members], device=device)
-        sizes = [sum(self.params[indices[n]].numel() for n in m) for m in members]
-        elements = torch.tensor(sizes, device=device)
+        index = upload([m + [len(indices)] * (width - len(m)) for m in members], torch.int64, device)
+        elements = upload([sum(self.params[indices[n]].numel() for n in m) for m in members], torch.int64, device)
         contiguous = rows == list(range(rows[0], rows[-1] + 1))
-        which = slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows, device=device)
+        which = slice(rows[0], rows[-1] + 1) if contiguous else upload(rows, torch.int64, device)
         where = torch.tensor([[self.row[i], i] for i in indices])
         params = [self.params[i] for i in indices]
         return Selection(indices, params, which, layer, index, elements, where, self.table.dtype)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lwas_fast import groups
-from lwas_fast.curvature import Probe, by_autograd, draw_signs, leaves_of, refuse_cut_graph
+from lwas_fast.curvature import Probe, Products, Vectors, by_autograd, draw_signs, leaves_of, refuse_cut_graph
 from lwas_fast.errors import CurvatureError, explain
 from lwas_fast.finite_difference import Replay, by_differences
 from lwas_fast.layers import Bucket, Selection, state_dtype
+from lwas_fast.refresh import refreshed
 
 if TYPE_CHECKING:
     from lwas_fast.optimizer import LayerwiseOptimizer
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Measured:
-    """What `backward` leaves for `step`: groups that were due, and (S, len(Sums)) for each selection."""
+    """What `backward` leaves for `step`: groups that were due, and the statistics that rows are to become."""
 
     groups: list[int]
-    sums: list[tuple[Bucket, Selection, Tensor]]
+    rows: list[tuple[Probe, Tensor]]
 
 
 def _scalar(loss: object, what: str) -> Tensor:
@@ -74,59 +75,73 @@ def _scale(loss: Tensor, scaler: Any, earlier: int) -> Tensor | float:
     return float(window) if scaler is None else window / scaler.scale(torch.ones((), device=loss.device))
 
 
-def _probes(opt: LayerwiseOptimizer, gradients: dict[Tensor, Tensor], scale: Tensor | float) -> list[Probe]:
-    probes = []
+@torch.no_grad()
+def _probes(
+    opt: LayerwiseOptimizer, gradients: dict[Tensor, Tensor], scale: Tensor | float, of_products: Tensor | float
+) -> list[Probe]:
+    """Probe every group that is due; the scales turn gradients and products into estimates of the window's."""
+    due = []
     for bucket in opt._buckets:
-        group = opt.param_groups[bucket.group]
         present = [i for i, p in enumerate(bucket.params) if p in gradients]
-        if not present or not opt._due(group):
-            continue
-        selection = bucket.select(present)
-        signed = -scale if group["maximize"] else scale
-        vectors = []
-        for i, p in zip(present, selection.params, strict=True):
-            dtype = state_dtype(p)
-            gradient = gradients[p].detach().to(dtype) * signed
-            vectors.append(opt._probe(group, opt._state_of(bucket, i), p.detach().to(dtype), gradient))
-        probes.append(Probe(bucket, selection, vectors, signed))
+        if present and opt._due(opt.param_groups[bucket.group]):
+            due.append((bucket, bucket.select(present)))
+    steps = max((opt.param_groups[bucket.group]["steps"] for bucket, _ in due), default=0)
+    signs = draw_signs(opt._whole["seed"], steps, sum(len(selection.elements) for _, selection in due))
+    if opt._whole["curvature"] != "signs":
+        signs = [1.0] * len(signs)
+    probes = []
+    for bucket, selection in due:
+        own, signs = signs[: len(selection.elements)], signs[len(selection.elements) :]
+        probes.append(_probe(opt, bucket, selection, own, gradients, scale, of_products))
     return probes
 
 
-def _signs(opt: LayerwiseOptimizer, probes: list[Probe]) -> list[float]:
-    steps = max((opt.param_groups[probe.bucket.group]["steps"] for probe in probes), default=0)
-    return draw_signs(opt._whole["seed"], steps, sum(len(probe.selection.floor) for probe in probes))
+def _probe(
+    opt: LayerwiseOptimizer,
+    bucket: Bucket,
+    selection: Selection,
+    signs: list[float],
+    gradients: dict[Tensor, Tensor],
+    scale: Tensor | float,
+    of_products: Tensor | float,
+) -> Probe:
+    group = opt.param_groups[bucket.group]
+    if group["maximize"]:
+        scale, of_products = -scale, -of_products
+    as_is = isinstance(scale, float) and scale == 1.0
+    states = [opt._state_of(bucket, i) for i in selection.indices]
+    dtypes = [state_dtype(p) for p in selection.params]
+    raw = [gradients[p].detach() for p in selection.params]
+    scaled = [g.to(dtype) if as_is else g.to(dtype) * scale for g, dtype in zip(raw, dtypes, strict=True)]
+    weights = [p.detach().to(dtype) for p, dtype in zip(selection.params, dtypes, strict=True)]
+    steps = [(bucket.counts[i] + 1).to(dtype) for i, dtype in zip(selection.indices, dtypes, strict=True)]
+    factors = [-signs[layer] for layer in selection.layer]
+    used, directions = opt._directions(group, states, weights, scaled, steps, factors)
+    if used is scaled and as_is:
+        used = raw  # half the memory, where it is of half precision
+    heard = group["noise_exponent"] > 0
+    momenta = [state[opt._average] for state in states] if heard else None
+    return Probe(bucket, selection, Vectors(used, directions, momenta), signs, of_products, opt._decay(group))
 
 
-def _result(opt: LayerwiseOptimizer, probes: list[Probe], sums: list[Tensor]) -> Measured:
-    found = [(probe.bucket, probe.selection, s) for probe, s in zip(probes, sums, strict=True)]
-    return Measured([n for n, group in enumerate(opt.param_groups) if opt._due(group)], found)
+def _result(
+    opt: LayerwiseOptimizer, probes: list[Probe], products: list[Products], over_replicas: bool = False
+) -> Measured:
+    groups = [opt.param_groups[probe.bucket.group] for probe in probes]
+    with torch.no_grad():
+        rows = refreshed(probes, products, groups, opt._plans, over_replicas)
+    return Measured(
+        [n for n, group in enumerate(opt.param_groups) if opt._due(group)], list(zip(probes, rows, strict=True))
+    )
 
 
-def _autograd(opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float) -> Measured:
-    """Gradient and curvature from one graph; gradients are accumulated as ``loss.backward()`` would."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise CurvatureError(
-                "opt.backward(loss) takes the gradient apart from DistributedDataParallel's, so the replicas would "
-                "drift apart. In a distributed run use opt.step(closure) with PyTorch's usual closure: its two "
-                "backward passes are averaged over the replicas, and so are the rates."
-            )
-    leaves = leaves_of(loss)
-    try:
-        refuse_cut_graph([loss])
-        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        graph = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
-        del found
-        refuse_cut_graph(graph.values())
-        groups.check_dense(opt.param_groups, graph.get)
-        with torch.no_grad():
-            probes = _probes(opt, graph, scale)
-        ours = [[graph[p] for p in probe.selection.params] for probe in probes]
-        sums = list(by_autograd(probes, ours, opt._whole["curvature"], _signs(opt, probes)))
-    except RuntimeError as error:
-        if (explained := explain(error)) is not None:
-            raise explained from error
-        raise
+def _replicas() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
+def _accumulate(graph: dict[Tensor, Tensor]) -> None:
+    """Give each leaf its gradient as ``loss.backward()`` would, hooks included, without a second pass."""
     with torch.no_grad():
         for leaf, gradient in graph.items():
             # Its own memory, as backward() gives: two leaves may have been handed one tensor.
@@ -135,7 +150,46 @@ def _autograd(opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float) -> M
     for leaf in graph:
         for hook in (leaf._post_accumulate_grad_hooks or {}).values():
             hook(leaf)
-    return _result(opt, probes, sums)
+
+
+def _accumulate_over_replicas(graph: dict[Tensor, Tensor]) -> None:
+    """Give each leaf its gradient by way of its AccumulateGrad node, where DistributedDataParallel waits for it."""
+    if hooked := [leaf for leaf in graph if leaf._backward_hooks]:
+        raise CurvatureError(
+            f"a parameter of shape {tuple(hooked[0].shape)} has a gradient hook (register_hook), which would run twice "
+            "in a distributed run: use register_post_accumulate_grad_hook, or opt.step(closure) with PyTorch's usual "
+            "closure"
+        )
+    torch.autograd.backward(list(graph), [gradient.detach() for gradient in graph.values()])
+
+
+def _autograd(opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float) -> Measured:
+    """Gradient and curvature from one graph; gradients are accumulated as ``loss.backward()`` would."""
+    leaves = leaves_of(loss)
+    replicated = _replicas() > 1
+    try:
+        refuse_cut_graph([loss])
+        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        graph = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
+        del found
+        refuse_cut_graph(graph.values())
+        groups.check_dense(opt.param_groups, graph.get)
+        if replicated:
+            # Directions must be equal on all replicas: they are those of the averaged gradient, of the whole window.
+            _accumulate_over_replicas(graph)
+            gradients = {leaf: leaf.grad for leaf in graph if leaf.grad is not None}
+            probes = _probes(opt, gradients, scale / (opt._micro_batches + 1), scale)
+        else:
+            probes = _probes(opt, graph, scale, scale)
+        ours = [[graph[p] for p in probe.selection.params] for probe in probes]
+        products = by_autograd(probes, ours, opt._whole["curvature"])
+    except RuntimeError as error:
+        if (explained := explain(error)) is not None:
+            raise explained from error
+        raise
+    if not replicated:
+        _accumulate(graph)
+    return _result(opt, probes, products, replicated)
 
 
 def _by_differences(
@@ -147,10 +201,8 @@ def _by_differences(
     groups.check_dense(opt.param_groups, gradients.get)
     # The loss's graph is used up but still tells which other leaves the evaluation gives gradients to.
     leaves = list(dict.fromkeys(params + leaves_of(loss)))
-    with torch.no_grad():
-        probes = _probes(opt, gradients, scale)
-    sums = by_differences(probes, evaluate, replay, leaves, opt._whole["curvature"], _signs(opt, probes))
-    return _result(opt, probes, [s.detach() for s in sums])
+    probes = _probes(opt, gradients, scale, scale)
+    return _result(opt, probes, by_differences(probes, evaluate, replay, leaves, opt._whole["curvature"]))
 
 
 def _differences_of(opt: LayerwiseOptimizer, forward: Callable[[], tuple[Tensor, Tensor]], scaler: Any) -> Tensor:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lwas_fast import backends, checkpoint, groups, measure, options, rates
-from lwas_fast.curvature import ProbeVectors
+from lwas_fast import backends, checkpoint, fused_rates, groups, measure, options, rates
 from lwas_fast.layers import Bucket, LayerRule, Selection, make_buckets, state_dtype
 from lwas_fast.measure import Measured
 from lwas_fast.rates import Column
@@ -63,6 +62,7 @@ class LayerwiseOptimizer(Optimizer):
 
     _buffers: tuple[str, ...]  # names of the state tensors shaped like the parameter
     _step_supports_amp_scaling = True  # GradScaler: sets grad_scale and found_inf instead of waiting for the device
+    _average: str  # which of them is the average of the gradient
     _decoupled: bool  # whether weight decay acts on the weights rather than through the gradient
 
     def __init__(self, params: ParamsT, own: dict[str, Any], layers: LayerRule, common: options.Common):
@@ -76,10 +76,14 @@ class LayerwiseOptimizer(Optimizer):
         super().__init__(params, chosen)
 
     def _reset(self) -> None:
-        self._layout: list[Bucket] | None = None
+        self._forget_layout()
         self._warned = False
         self._loading: dict[str, Any] | None = None
         self._close_window()
+
+    def _forget_layout(self) -> None:
+        self._layout: list[Bucket] | None = None
+        self._plans: fused_rates.Plans = {}
 
     def _close_window(self) -> None:
         self._micro_batches = 0
@@ -100,7 +104,7 @@ class LayerwiseOptimizer(Optimizer):
         """
         group = groups.prepare(param_group, self.param_groups, self.defaults, self._layer_rule)
         super().add_param_group(group)
-        self._layout = None
+        self._forget_layout()
         self._measured = None
 
     @property
@@ -227,9 +231,8 @@ class LayerwiseOptimizer(Optimizer):
 
     def _take_in(self, measured: Measured) -> None:
         self._measured = None  # once, even if the update fails
-        for bucket, selection, sums in measured.sums:
-            rows = bucket.table[selection.rows]
-            bucket.table[selection.rows] = rates.refresh(rows, sums, self.param_groups[bucket.group])
+        for probe, rows in measured.rows:
+            probe.bucket.table[probe.selection.rows] = rows
         for number in measured.groups:
             group = self.param_groups[number]
             group["next_refresh"] = group["steps"] + group["update_every"]
@@ -242,13 +245,9 @@ class LayerwiseOptimizer(Optimizer):
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         for part in parts:
             selection = bucket.select(part)
-            states = [self.state[p] for p in selection.params]
-            for i, state in zip(selection.indices, states, strict=True):
-                if not state:
-                    bucket.counts[i].zero_()  # of a state that was thrown away
-                    state.update(self._state_of(bucket, i))
-                elif state["step"] is not bucket.counts[i]:  # somebody put another one there
-                    state["step"] = bucket.counts[i].copy_(state["step"])
+            states = [self._state_of(bucket, i) for i in selection.indices]
+            for param, state in zip(selection.params, states, strict=True):
+                self.state[param] = state
             if implementation == "fused":
                 self._fused(bucket, selection, group, states, scaling)
             else:
@@ -256,15 +255,18 @@ class LayerwiseOptimizer(Optimizer):
 
     def _state_of(self, bucket: Bucket, i: int) -> dict[str, Any]:
         """The state of a bucket's i-th parameter; zeros, not yet entered in `state`, before its first step."""
-        param = bucket.params[i]
+        param, count = bucket.params[i], bucket.counts[i]
         if state := self.state.get(param):
+            if state["step"] is not count:  # somebody put another one there
+                state["step"] = count.copy_(state["step"])
             return state  # type: ignore[no-any-return]
+        count.zero_()  # of a state that was thrown away
         zeros = {
             name: torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
             for name in self._buffers
         }
         # Views of the bucket's: a layer's numbers travel with its parameters.
-        return {"step": bucket.counts[i], **zeros, "layer": bucket.table[bucket.row[i]]}
+        return {"step": count, **zeros, "layer": bucket.table[bucket.row[i]]}
 
     def _warn_if_overdue(self) -> None:
         late = [g for g in self.param_groups if self._due(g) and g["steps"] >= g["next_refresh"] + g["update_every"]]
@@ -279,8 +281,32 @@ class LayerwiseOptimizer(Optimizer):
 
     # ---- the optimizers' own formulae ---------------------------------------------------------------------------
 
-    def _probe(self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor) -> ProbeVectors:
-        """Give the vectors to measure along, changing nothing."""
+    def _decay(self, group: dict[str, Any]) -> float:
+        """The decay of the gradient's average."""
+        raise NotImplementedError
+
+    def _directions(
+        self,
+        group: dict[str, Any],
+        states: list[dict[str, Any]],
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        steps: list[Tensor],
+        factors: list[float],
+    ) -> tuple[list[Tensor] | None, list[Tensor]]:
+        """Give what a measurement goes along, changing nothing.
+
+        Args:
+            group: The hyperparameters.
+            states: Of the tensors that have a gradient.
+            weights: Those tensors, in the dtype of their state.
+            gradients: Likewise.
+            steps: The number of their next update, likewise.
+            factors: What the ascent direction is to be multiplied by: minus the sign of the tensor's layer.
+
+        Returns:
+            The gradients with L2 (None where they are minus the directions without their signs), and the directions.
+        """
         raise NotImplementedError
 
     def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:

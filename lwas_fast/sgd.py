@@ -10,7 +10,6 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from lwas_fast import fused
-from lwas_fast.curvature import ProbeVectors
 from lwas_fast.layers import LayerRule
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
@@ -48,6 +47,7 @@ class SGDLW(LayerwiseOptimizer):
     _buffers = ("momentum_buffer",)
     _fused = staticmethod(fused.sgd)
     _decoupled = False
+    _average = "momentum_buffer"
 
     def __init__(
         self,
@@ -67,14 +67,27 @@ class SGDLW(LayerwiseOptimizer):
         own |= {"ramp_steps": ramp_steps, "cap": cap, "noise_exponent": noise_exponent, "warmup_rate": warmup_rate}
         super().__init__(params, own, layers, common)
 
-    def _probe(self, group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor) -> ProbeVectors:
-        gradient = gradient.add(weight, alpha=group["weight_decay"])
-        beta = group["momentum"]
-        old, steps = state["momentum_buffer"], state["step"].to(gradient.dtype)
-        momentum = old / bias_correction(steps, beta, empty=torch.nan)
+    def _decay(self, group: dict[str, Any]) -> float:
+        return float(group["momentum"])
+
+    def _directions(
+        self,
+        group: dict[str, Any],
+        states: list[dict[str, Any]],
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        steps: list[Tensor],
+        factors: list[float],
+    ) -> tuple[list[Tensor] | None, list[Tensor]]:
+        if group["weight_decay"] != 0:
+            gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
         if group["probe"] == "gradient":
-            return ProbeVectors(gradient, -gradient, momentum)
-        return ProbeVectors(gradient, old.lerp(gradient, 1 - beta) / -bias_correction(steps + 1, beta), momentum)
+            return None, list(torch._foreach_mul(gradients, factors))
+        beta = group["momentum"]
+        directions = list(torch._foreach_lerp([state["momentum_buffer"] for state in states], gradients, 1 - beta))
+        torch._foreach_div_(directions, [bias_correction(step, beta) for step in steps])
+        torch._foreach_mul_(directions, factors)
+        return gradients, directions
 
     def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
         beta, decay = group["momentum"], group["weight_decay"]

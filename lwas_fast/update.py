@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lwas_fast import rates
-from lwas_fast.layers import Bucket, Selection, state_dtype
+from lwas_fast.layers import Bucket, Selection, squared_norms, state_dtype
 
 Advance: TypeAlias = "Callable[[dict[str, Any], list[dict[str, Any]], Moving], list[Tensor]]"
 
@@ -80,11 +80,6 @@ def bias_correction(steps: Tensor, beta: float, empty: float = 1.0) -> Tensor:
     return torch.where(steps > 0, -torch.expm1(steps * decay), empty)
 
 
-def _squares(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    norms: Sequence[Tensor] = torch._foreach_norm(tensors)
-    return torch.stack([norm.to(dtype) for norm in norms]).square()
-
-
 def step_selection(
     bucket: Bucket,
     selection: Selection,
@@ -117,8 +112,8 @@ def step_selection(
     directions = advance(group, states, moving)
 
     directions = moving.taking_part(directions, [d.new_zeros(()) for d in directions])
-    lengths = selection.per_layer(_squares(directions, dtype)).sqrt()
-    sizes = selection.per_layer(_squares(weights, dtype)).sqrt().maximum(selection.floor)
+    lengths = selection.per_layer(squared_norms(directions, dtype)).sqrt()
+    sizes = selection.per_layer(squared_norms(weights, dtype)).sqrt().maximum(selection.floor)
     old = bucket.table[selection.rows]
     control = rates.control(group, decoupled)
     table = rates.apply(old, sizes, lengths, moving.moves, moving.skips, group["lr"], control)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -10,6 +11,11 @@ import torch
 
 # Small tensors gain nothing from many threads, and CI machines have few cores.
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+# Triton's kernels run in its interpreter where there is no GPU; it reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lwas_fast import SGDLW, AdamWLW, CurvatureError, measure
+from lwas_fast.rates import Column
 
 
 def blocks_of(model: nn.Module, batch) -> list[float]:
@@ -53,8 +54,8 @@ def test_signs_average_to_the_hessian_blocks(how, monkeypatch):
             opt.backward(loss_of(model, batch))
         else:
             measure.run_closure(opt, closure)
-        ((_, _, found),) = opt._measured.sums
-        sums += found[:, 1]
+        ((_, rows),) = opt._measured.rows
+        sums += rows[:, Column.CURVATURE]
         opt.zero_grad()
     expected = torch.tensor(blocks_of(model, batch), dtype=torch.float64)
     torch.testing.assert_close(sums / len(draws), expected, rtol=1e-10 if how == "autograd" else 1e-4, atol=1e-12)

@@ -1,0 +1,99 @@
+"""From the vectors of a measurement to refreshed statistics of all layers, by the implementation that serves.
+
+Plain torch here; one launch on a GPU in `fused_rates.py`. In a distributed run the layers' sums are averaged over the
+replicas before they are taken into the statistics: four numbers a layer travel, not the Hessian-vector products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwas_fast import backends, fused_rates, rates
+from lwas_fast.curvature import Probe, Products
+from lwas_fast.layers import upload
+from lwas_fast.rates import Sums
+from lwas_fast.update import bias_correction
+
+Groups = Sequence[dict[str, Any]]
+
+
+def layer_sums(probe: Probe, products: Products) -> Tensor:
+    """Reduce a measurement to what the rates need.
+
+    Args:
+        probe: The vectors.
+        products: Their products with the Hessian.
+
+    Returns:
+        (S, len(Sums)), one row for each layer of the selection.
+    """
+    gradients, directions, momenta = probe.vectors
+    dtype = probe.bucket.table.dtype
+
+    def dot(others: Sequence[Tensor | None]) -> Tensor:
+        pairs = zip(directions, others, strict=True)
+        each = [d.new_zeros(()) if other is None else (d * other).sum() for d, other in pairs]
+        return torch.stack([value.to(dtype) for value in each])
+
+    square = dot(directions)
+    signal = torch.full_like(square, torch.nan)
+    if momenta is not None:
+        steps = torch.stack([probe.bucket.counts[i] for i in probe.selection.indices]).to(dtype)
+        signal = dot(momenta) / bias_correction(steps, probe.decay, empty=torch.nan)
+    of_tensors = {
+        Sums.DESCENT: square if gradients is None else dot(gradients),
+        Sums.CURVATURE: dot(products.tensors),
+        Sums.SQUARE: square,
+        Sums.SIGNAL: signal,
+    }
+    sums = probe.selection.per_layer(torch.stack([of_tensors[column] for column in Sums], 1))
+    against = -upload(probe.signs, dtype, sums.device)
+    if gradients is not None:
+        sums[:, Sums.DESCENT] *= against
+    sums[:, Sums.CURVATURE] *= products.factor
+    sums[:, Sums.SIGNAL] *= against
+    return sums
+
+
+def _average_over_replicas(sums: Tensor) -> Tensor:
+    torch.distributed.all_reduce(sums)
+    return sums / torch.distributed.get_world_size()
+
+
+def refreshed(
+    probes: Sequence[Probe],
+    products: Sequence[Products],
+    groups: Groups,
+    plans: fused_rates.Plans,
+    over_replicas: bool = False,
+) -> list[Tensor]:
+    """Take a measurement into the statistics of its layers.
+
+    Args:
+        probes: What was measured along.
+        products: For each probe, the Hessian times its directions.
+        groups: For each probe, the hyperparameters.
+        plans: Where the single launch keeps what it has laid out once.
+        over_replicas: Whether each replica of a distributed run brings products of its own, to be averaged.
+
+    Returns:
+        For each probe (S, len(Column)), what its selection's rows of statistics are to become.
+    """
+    average: Callable[[Tensor], Tensor] | None = _average_over_replicas if over_replicas else None
+    found: dict[int, Tensor] = {}
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for p, (probe, group) in enumerate(zip(probes, groups, strict=True)):
+        if backends.rates_implementation(group, probe.bucket) == "triton":
+            together.setdefault(fused_rates.launch_key(probe), []).append(p)
+            continue
+        sums = layer_sums(probe, products[p])
+        found[p] = rates.refresh(probe.rows, sums if average is None else average(sums), group)
+    for members in together.values():
+        mine = [probes[p] for p in members]
+        rows = fused_rates.refresh(mine, [products[p] for p in members], [groups[p] for p in members], plans, average)
+        found.update(zip(members, torch.split(rows, [len(probe.signs) for probe in mine]), strict=True))
+    return [found[p] for p in range(len(probes))]

@@ -1,0 +1,326 @@
+"""Rates of all layers in one launch: from the vectors of a measurement to each layer's refreshed statistics.
+
+Every program sums up one chunk of one tensor. The last one of a layer to arrive, whichever that is, adds the layer's
+chunks in a fixed order and finishes it: closed form, noise factor, guards, averages. So results are equal bit for bit
+from run to run, layers finish beside each other, and nothing is left to launch. `lwas_fast/rates.py` is the same in
+plain torch, `lwas_fast/fused_rates.py` lays out what is handed over here.
+
+Sums are float32 within a chunk (a few additions in each lane, then a tree) and float64 across chunks.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import triton
+import triton.language as tl
+
+from lwas_fast.rates import LEAST_SIGNAL, Column, Sums
+
+CHUNK = 16384  # elements that a program sums up; a multiple of BLOCK
+BLOCK = 2048  # elements that it takes at a time
+AT_ONCE = 256  # partial sums that a layer's last program takes at a time
+WARPS = 8
+
+
+class Tensors(IntEnum):
+    """What is handed over of each tensor, as int64: addresses, float32 where not said otherwise."""
+
+    GRADIENT = 0  # of the dtype that KIND says
+    DIRECTION = 1  # times the layer's sign
+    PRODUCT = 2  # of the dtype that KIND says
+    MOMENTUM = 3  # not corrected for bias
+    STEPS = 4  # its updates
+    KIND = 5  # 0 float32, 1 bfloat16, 2 float16; and 4 more where not all addresses are multiples of 16
+
+
+class Chunks(IntEnum):
+    """What is handed over of each chunk, as int64."""
+
+    TENSOR = 0
+    NUMBER = 1  # in its tensor
+    COUNT = 2
+    LAYER = 3
+
+
+class Layers(IntEnum):
+    """What is handed over of each layer, as int64."""
+
+    FIRST = 0  # its first chunk
+    COUNT = 1  # its chunks
+    ROW = 2  # address of its statistics
+    FACTOR = 3  # address of a factor of the product
+
+
+class Numbers(IntEnum):
+    """What is handed over of each layer, as float32."""
+
+    SIGN = 0  # of its direction
+    SCALE = 1  # of the product, besides the factor
+    DECAY = 2  # weight decay and damping
+    CONCORDANCE = 3  # M / 2
+    BETA = 4  # of the averages over refreshes
+    EXPONENT = 5  # of the noise factor
+    GROWTH = 6  # largest, from one refresh to the next
+    UNMEASURED = 7  # rate of a layer never refreshed
+    SKIP = 8  # 1 where negative curvature means no refresh
+    LOG_BETA = 9  # of the momentum
+
+
+def _names(*members: IntEnum) -> list[tl.constexpr]:
+    """Numbers under names that a kernel can read: nothing but constexpr, whose value is part of its cache key."""
+    return [tl.constexpr(int(member)) for member in members]
+
+
+_AVERAGE, _WEIGHT, _SHARE, _POWER = _names(Column.AVERAGE, Column.WEIGHT, Column.SIGNAL, Column.POWER)
+_DESCENT, _CURVATURE, _REFRESHES = _names(Column.DESCENT, Column.CURVATURE, Column.REFRESHES)
+_NEGATIVE, _NONFINITE, _NO_DESCENT = _names(Column.NEGATIVE, Column.NONFINITE, Column.NO_DESCENT)
+_GREW = tl.constexpr(int(Column.GROWTH))
+_SIGN, _SCALE, _DECAY, _CONCORDANCE, _BETA, _EXPONENT, _GROWTH, _UNMEASURED, _SKIP, _LOG_BETA = _names(*Numbers)
+_COLUMNS, _SUMS, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Sums)), tl.constexpr(len(Numbers))
+_LEAST_SIGNAL = tl.constexpr(LEAST_SIGNAL)
+
+
+@triton.jit
+def _take(address, dtype: tl.constexpr, offsets, mask, masked: tl.constexpr):
+    """Load from an address as float32; zeros where masked out. Without a mask the address is a multiple of 16."""
+    if masked:
+        return tl.load(address.to(tl.pointer_type(dtype)) + offsets, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(tl.multiple_of(address.to(tl.pointer_type(dtype)), 16) + offsets).to(tl.float32)
+
+
+@triton.jit
+def _add(
+    sums,
+    addresses,
+    offsets,
+    mask,
+    dtype: tl.constexpr,
+    masked: tl.constexpr,
+    with_gradient: tl.constexpr,
+    with_momentum: tl.constexpr,
+):
+    """Add some elements' products to the lanes of <g, d>, <d, u>, <d, d> and <d, m>; nothing for what is not read."""
+    descent, curvature, square, signal = sums
+    gradient, direction, product, momentum = addresses
+    d = _take(direction, tl.float32, offsets, mask, masked)
+    curvature += d * _take(product, dtype, offsets, mask, masked)
+    square += d * d
+    if with_gradient:
+        descent += d * _take(gradient, dtype, offsets, mask, masked)
+    if with_momentum:
+        signal += d * _take(momentum, tl.float32, offsets, mask, masked)
+    return descent, curvature, square, signal
+
+
+@triton.jit
+def _sum_chunk(
+    tensor,
+    start,
+    count,
+    dtype: tl.constexpr,
+    with_gradient: tl.constexpr,
+    with_momentum: tl.constexpr,
+    chunk: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Sum up a chunk of a tensor whose gradient and product are of a dtype."""
+    lanes = tl.arange(0, block)
+    zeros = tl.zeros([block], tl.float32)
+    sums = (zeros, zeros, zeros, zeros)
+    addresses = (tl.load(tensor), tl.load(tensor + 1), tl.load(tensor + 2), tl.load(tensor + 3))
+    if (count == chunk) & (tl.load(tensor + 5) < 4):
+        # With a mask, even one that is always true, loads would be of 4 bytes, not of 16.
+        for i in range(0, chunk, block):
+            sums = _add(sums, addresses, start + (i + lanes), True, dtype, False, with_gradient, with_momentum)
+    else:
+        i = 0
+        while i < count:  # not range: the interpreter of Triton 3.6 takes no bounds that were loaded
+            mask = i + lanes < count
+            sums = _add(sums, addresses, start + (i + lanes), mask, dtype, True, with_gradient, with_momentum)
+            i += block
+    return tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0), tl.sum(sums[3], 0)
+
+
+@triton.jit
+def _total(partials, first, count, at_once: tl.constexpr):
+    """Add a column of a layer's partial sums in float64, in an order that depends on their number alone."""
+    lanes = tl.arange(0, at_once)
+    total = tl.zeros([at_once], tl.float64)
+    i = 0
+    while i < count:
+        # Not from the first-level cache, which other programs' stores do not reach.
+        pointers = partials + (first + i + lanes) * _SUMS
+        total += tl.load(pointers, mask=i + lanes < count, other=0.0, cache_modifier=".cg").to(tl.float64)
+        i += at_once
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def _not(x):
+    return x == 0  # in the interpreter ~ makes a number of a truth value
+
+
+@triton.jit
+def _average(beta, old, value, where):
+    return tl.where(where, beta * old + (1 - beta) * value, old)
+
+
+@triton.jit
+def _finish(descent, sampled, square, signal, row, numbers, new):
+    """Take a layer's sums into its statistics: `rates.refresh`, for one layer."""
+    average, weight = tl.load(row + _AVERAGE), tl.load(row + _WEIGHT)
+    beta = tl.load(numbers + _BETA)
+
+    curvature = tl.abs(sampled) + tl.load(numbers + _DECAY) * square
+    delta = tl.sqrt_rn(curvature)
+    rate = tl.div_rn(descent, delta * (delta + tl.load(numbers + _CONCORDANCE) * descent))
+    skip = (tl.load(numbers + _SKIP) != 0) & (sampled <= 0)
+    finite = _finite(descent) & _finite(curvature)
+    # Without curvature the closed form has no answer; without descent it has a meaningless one.
+    nonfinite = _not(skip) & (_not(finite) | ((descent > 0) & _not(_finite(rate))))
+    no_descent = _not(skip) & _not(nonfinite) & (descent <= 0)
+    usable = _not(skip | nonfinite | no_descent)
+
+    heard = usable & _finite(signal)
+    signals = _average(beta, tl.load(row + _SHARE), signal, heard)
+    power = _average(beta, tl.load(row + _POWER), descent, heard)
+    share = tl.where(power > 0, tl.div_rn(signals, tl.where(power > 0, power, 1.0)), 1.0)
+    share = tl.minimum(tl.maximum(share, _LEAST_SIGNAL), 1.0)
+    rate *= tl.exp2(tl.load(numbers + _EXPONENT) * tl.log2(share))
+
+    known = weight > 0
+    present = tl.where(known, tl.div_rn(average, tl.where(known, weight, 1.0)), tl.load(numbers + _UNMEASURED))
+    limit = tl.load(numbers + _GROWTH) * present
+    grew = usable & known & (rate > limit)
+    rate = tl.where(grew, limit, rate)
+
+    lanes = tl.arange(0, _COLUMNS)
+    found = tl.load(row + lanes)
+    found = tl.where(lanes == _AVERAGE, _average(beta, average, rate, usable), found)
+    found = tl.where(lanes == _WEIGHT, _average(beta, weight, 1.0, usable), found)
+    found = tl.where(lanes == _SHARE, signals, found)
+    found = tl.where(lanes == _POWER, power, found)
+    found = tl.where(lanes == _DESCENT, tl.where(usable, descent, tl.load(row + _DESCENT)), found)
+    found = tl.where(lanes == _CURVATURE, tl.where(usable, sampled, tl.load(row + _CURVATURE)), found)
+    found += tl.where(lanes == _REFRESHES, tl.where(usable, 1.0, 0.0), 0.0)
+    found += tl.where(lanes == _NEGATIVE, tl.where(sampled < 0, 1.0, 0.0), 0.0)
+    found += tl.where(lanes == _NONFINITE, tl.where(nonfinite, 1.0, 0.0), 0.0)
+    found += tl.where(lanes == _NO_DESCENT, tl.where(no_descent, 1.0, 0.0), 0.0)
+    found += tl.where(lanes == _GREW, tl.where(grew, 1.0, 0.0), 0.0)
+    tl.store(new + lanes, found)
+
+
+@triton.jit
+def layer_rates(
+    tensors,
+    chunks,
+    layers,
+    numbers,
+    partials,
+    arrivals,
+    out,
+    with_gradient: tl.constexpr,
+    with_momentum: tl.constexpr,
+    finish: tl.constexpr,
+    chunk: tl.constexpr,
+    block: tl.constexpr,
+    at_once: tl.constexpr,
+):
+    """Reduce all chunks of all tensors to their layers' sums, and those to new rows of statistics.
+
+    Launch one program for each chunk.
+
+    Args:
+        tensors: (N, len(Tensors)) int64.
+        chunks: (C, len(Chunks)) int64, those of a layer side by side.
+        layers: (S, len(Layers)) int64.
+        numbers: (S, len(Numbers)) float32.
+        partials: (C, len(Sums)) float32, scratch.
+        arrivals: (S,) int32, zeros before and after.
+        out: (S, len(Column)) float32, the new rows; unless `finish`, (S, len(Sums)), the sums.
+        with_gradient: Whether gradients are read; where not, a gradient is minus the direction without its sign.
+        with_momentum: Whether momenta are read; where not, the signal is NaN.
+        finish: Whether to go on from sums to rows.
+        chunk: Elements of a full chunk.
+        block: Elements taken at a time; divides `chunk`.
+        at_once: Partial sums taken at a time.
+    """
+    here = tl.program_id(0).to(tl.int64)
+    tensor = tensors + tl.load(chunks + here * 4) * 6
+    start = tl.load(chunks + here * 4 + 1) * chunk  # int64; a product, so that the compiler knows a divisor of it
+    count = tl.load(chunks + here * 4 + 2)
+    layer = tl.load(chunks + here * 4 + 3)
+    kind = tl.load(tensor + 5) % 4
+    if kind == 0:
+        a, b, c, e = _sum_chunk(tensor, start, count, tl.float32, with_gradient, with_momentum, chunk, block)
+    elif kind == 1:
+        a, b, c, e = _sum_chunk(tensor, start, count, tl.bfloat16, with_gradient, with_momentum, chunk, block)
+    else:
+        a, b, c, e = _sum_chunk(tensor, start, count, tl.float16, with_gradient, with_momentum, chunk, block)
+
+    numbers += layer * _NUMBERS
+    if with_momentum:
+        # Bias correction, of each tensor by its own age; in double precision for averages that forget slowly.
+        steps = tl.load(tl.load(tensor + 4).to(tl.pointer_type(tl.float32)))
+        kept = tl.exp((steps * tl.load(numbers + _LOG_BETA)).to(tl.float64))
+        e = tl.where(steps > 0, e / (1 - kept).to(tl.float32), float("nan"))
+
+    mine = partials + here * _SUMS
+    tl.store(mine, a)
+    tl.store(mine + 1, b)
+    tl.store(mine + 2, c)
+    tl.store(mine + 3, e)
+    tl.debug_barrier()  # all of the program's stores before the arrival that publishes them
+    expected = tl.load(layers + layer * 4 + 1)
+    if tl.atomic_add(arrivals + layer, 1, sem="acq_rel") == expected - 1:
+        tl.store(arrivals + layer, 0)  # for the next launch
+        first = tl.load(layers + layer * 4)
+        row = tl.load(layers + layer * 4 + 2).to(tl.pointer_type(tl.float32))
+        factor = tl.load(tl.load(layers + layer * 4 + 3).to(tl.pointer_type(tl.float32)))
+        sign = tl.load(numbers + _SIGN)
+        square = _total(partials + 2, first, expected, at_once)
+        curvature = _total(partials + 1, first, expected, at_once) * (tl.load(numbers + _SCALE) * factor)
+        descent = square
+        if with_gradient:
+            descent = _total(partials, first, expected, at_once) * -sign
+        signal = square * float("nan")
+        if with_momentum:
+            signal = _total(partials + 3, first, expected, at_once) * -sign
+        if finish:
+            _finish(
+                descent.to(tl.float32),
+                curvature.to(tl.float32),
+                square.to(tl.float32),
+                signal.to(tl.float32),
+                row,
+                numbers,
+                out + layer * _COLUMNS,
+            )
+        else:
+            tl.store(out + layer * _SUMS, descent.to(tl.float32))
+            tl.store(out + layer * _SUMS + 1, curvature.to(tl.float32))
+            tl.store(out + layer * _SUMS + 2, square.to(tl.float32))
+            tl.store(out + layer * _SUMS + 3, signal.to(tl.float32))
+
+
+@triton.jit
+def finish_layers(layers, numbers, sums, out):
+    """Take the sums of layers, which may come from several processes, into their statistics; one program a layer."""
+    layer = tl.program_id(0)
+    row = tl.load(layers + layer * 4 + 2).to(tl.pointer_type(tl.float32))
+    mine = sums + layer * _SUMS
+    _finish(
+        tl.load(mine),
+        tl.load(mine + 1),
+        tl.load(mine + 2),
+        tl.load(mine + 3),
+        row,
+        numbers + layer * _NUMBERS,
+        out + layer * _COLUMNS,
+    )
