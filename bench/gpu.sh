@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-460}
-STAGES=(build tests update sanitizer)
+STAGES=(build tests update rates sanitizer)
 chosen=("$@")
 [ ${#chosen[@]} -gt 0 ] || chosen=("${STAGES[@]}")
 for name in "${chosen[@]}"; do
@@ -48,11 +48,16 @@ stage_update() {
   $PYTHON bench/report.py "$OUT/update.json"
 }
 
+stage_rates() {
+  $PYTHON -m pytest bench/test_rates.py -q --benchmark-quiet --benchmark-json="$OUT/rates.json"
+  $PYTHON bench/report.py "$OUT/rates.json"
+}
+
 stage_sanitizer() {
   local tool sanitizer
   sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   for tool in memcheck racecheck; do
-    "$sanitizer" --tool $tool --error-exitcode 9 $PYTHON bench/sanitize_update.py
+    "$sanitizer" --tool $tool --error-exitcode 9 $PYTHON bench/sanitize_kernels.py
   done
 }
 

@@ -30,28 +30,30 @@ def launch_key(probe: Probe) -> tuple[torch.device, bool, bool]:
 
 
 class Plan:
-    """What stays the same from one launch over some selections to the next: chunks, and scratch.
+    """What stays the same from one launch over some probes' selections to the next: chunks, rows, and scratch.
 
     Args:
-        selections: Whose tensors take part, in order.
-        device: Where they are.
+        probes: Whose tensors take part, in order.
         chunk: Elements that a program sums up.
     """
 
-    def __init__(self, selections: Sequence[Selection], device: torch.device, chunk: int):
+    def __init__(self, probes: Sequence[Probe], chunk: int):
         chunks: list[tuple[int, int, int, int]] = []
-        self.firsts: list[int] = []
+        firsts: list[int] = []
+        rows: list[int] = []
         tensor = layers = 0
-        for selection in selections:
-            for param, layer in zip(selection.params, selection.layer, strict=True):
-                if layers + layer == len(self.firsts):
-                    self.firsts.append(len(chunks))
+        for bucket, selection in ((probe.bucket, probe.selection) for probe in probes):
+            for i, param, layer in zip(selection.indices, selection.params, selection.layer, strict=True):
+                if layers + layer == len(firsts):
+                    firsts.append(len(chunks))
+                    rows.append(bucket.table[bucket.row[i]].data_ptr())
                 count = param.numel()
                 starts = range(0, max(count, 1), chunk)  # an empty tensor has a chunk too: its layer must be finished
                 chunks += [(tensor, n, min(chunk, count - s), layers + layer) for n, s in enumerate(starts)]
                 tensor += 1
-            layers = len(self.firsts)
-        self.counts = np.diff([*self.firsts, len(chunks)])
+            layers = len(firsts)
+        device = probes[0].bucket.table.device
+        self.layers = np.array([firsts, np.diff([*firsts, len(chunks)]), rows, rows], np.int64).T  # factors to be set
         self.chunks = upload(chunks, torch.int64, device)
         self.partials = torch.empty(len(chunks), len(Sums), device=device)
         self.arrivals = torch.zeros(layers, dtype=torch.int32, device=device)
@@ -79,47 +81,44 @@ def _plan(plans: Plans, probes: Sequence[Probe], chunk: int) -> Plan:
     if key not in plans:
         if len(plans) >= 16:  # patterns that never come back must not pile up
             plans.clear()
-        plans[key] = Plan(key, probes[0].bucket.table.device, chunk)
+        plans[key] = Plan(probes, chunk)
     return plans[key]
 
 
-def _in_one_order(tensors: list[Tensor]) -> list[Tensor]:
+def _in_one_order(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Tensors of one shape as they are if their elements lie in memory in the same order without gaps, else copies."""
     formats = [torch.contiguous_format]
     formats += {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(tensors[0].dim(), [])
-    if any(all(t.is_contiguous(memory_format=f) for t in tensors) for f in formats):
-        return tensors
+    for form in formats:
+        if all(t.is_contiguous(memory_format=form) for t in tensors):
+            return tensors
     return [t.contiguous() for t in tensors]
 
 
-def _tensor_rows(probe: Probe, products: Products, alive: list[Tensor]) -> list[list[int]]:
+def _tensor_rows(probe: Probe, products: Products, alive: list[Sequence[Tensor]]) -> list[list[int]]:
     """`layer_rates.Tensors` of each tensor of a probe; what has to be kept alive for it is added to `alive`."""
-    gradients, directions, momenta = probe.vectors
-    found = []
+    directions, found = probe.vectors.directions, []
+    gradients, momenta = probe.vectors.gradients, probe.vectors.momenta or directions  # those would not be read
     for n, (i, direction) in enumerate(zip(probe.selection.indices, directions, strict=True)):
         product = products.tensors[n]
-        streams = {"d": direction, "u": torch.zeros_like(direction) if product is None else product}
-        if gradients is not None:
-            streams["g"] = gradients[n]
-            if streams["g"].dtype != streams["u"].dtype:
-                streams |= {name: streams[name].to(torch.float32) for name in "gu"}
-        if momenta is not None:
-            streams["m"] = momenta[n]
-        streams = dict(zip(streams, _in_one_order(list(streams.values())), strict=True))
-        alive += streams.values()
-        address = {name: t.data_ptr() for name, t in streams.items()}
-        kind = KINDS[streams["u"].dtype] + (UNALIGNED if any(a % 16 for a in address.values()) else 0)
-        steps = probe.bucket.counts[i].data_ptr()
-        found.append([address.get("g", 0), address["d"], address["u"], address.get("m", 0), steps, kind])
+        if product is None:
+            product = torch.zeros_like(direction)
+        gradient = product if gradients is None else gradients[n]
+        if gradient.dtype != product.dtype:
+            gradient, product = gradient.to(torch.float32), product.to(torch.float32)
+        streams = _in_one_order((gradient, direction, product, momenta[n]))
+        alive.append(streams)
+        addresses = [t.data_ptr() for t in streams]
+        kind = KINDS[product.dtype] + (UNALIGNED if any(a % 16 for a in addresses) else 0)
+        found.append([*addresses, probe.bucket.counts[i].data_ptr(), kind])
     return found
 
 
-def _numbers(probe: Probe, products: Products | None, group: dict[str, Any]) -> list[list[float]]:
+def _numbers(probe: Probe, products: Products, group: dict[str, Any]) -> np.ndarray:
     """`layer_rates.Numbers` of each layer of a probe."""
     horizon = group["rate_horizon"]
-    scale = 1.0 if products is None or isinstance(products.factor, Tensor) else products.factor
     common = [
-        scale,
+        1.0 if isinstance(products.factor, Tensor) else products.factor,
         group["weight_decay"] + group["damping"],
         0.5 * group["self_concordance"],
         math.exp(-group["update_every"] / horizon) if horizon > 0 else 0.0,
@@ -129,22 +128,25 @@ def _numbers(probe: Probe, products: Products | None, group: dict[str, Any]) -> 
         float(group["negative_curvature"] == "skip"),
         math.log(probe.decay) if probe.decay > 0 else -math.inf,
     ]
-    return [[sign, *common] for sign in probe.signs]
+    signs = np.array(probe.signs, np.float32)[:, None]
+    return np.hstack([signs, np.tile(np.array(common, np.float32), (len(signs), 1))])
 
 
-def _layer_rows(probes: Sequence[Probe], products: Sequence[Products], plan: Plan, alive: list[Tensor]) -> np.ndarray:
+def _layer_rows(
+    probes: Sequence[Probe], products: Sequence[Products], plan: Plan, alive: list[Sequence[Tensor]]
+) -> np.ndarray:
     """`layer_rates.Layers` of each layer."""
-    found: list[tuple[int, int]] = []
+    rows, start = plan.layers.copy(), 0
     for probe, product in zip(probes, products, strict=True):
-        table, factor = probe.bucket.table, plan.one
+        factor = plan.one
         if isinstance(product.factor, Tensor):
-            factor = product.factor.to(table.device, torch.float32).contiguous()
-            alive.append(factor)
+            factor = product.factor.to(plan.one.device, torch.float32).contiguous()
+            alive.append([factor])
+        stop = start + len(probe.signs)
         stride = factor.element_size() if factor.dim() else 0
-        rows = dict.fromkeys(probe.bucket.row[i] for i in probe.selection.indices)
-        row_bytes = len(Column) * table.element_size()
-        found += [(table.data_ptr() + row * row_bytes, factor.data_ptr() + s * stride) for s, row in enumerate(rows)]
-    return np.column_stack([plan.firsts, plan.counts, np.array(found, np.int64)]).astype(np.int64)
+        rows[start:stop, 3] = factor.data_ptr() + stride * np.arange(stop - start)
+        start = stop
+    return rows
 
 
 def refresh(
@@ -175,11 +177,11 @@ def refresh(
 
     chunk, block = chunk or kernels.CHUNK, block or kernels.BLOCK
     plan = _plan(plans, probes, chunk)
-    alive: list[Tensor] = []
+    alive: list[Sequence[Tensor]] = []
     pairs = list(zip(probes, products, strict=True))
     tensors = np.array([row for pair in pairs for row in _tensor_rows(*pair, alive)], np.int64)
     triples = zip(probes, products, groups, strict=True)
-    numbers = np.array([row for triple in triples for row in _numbers(*triple)], np.float32)
+    numbers = np.concatenate([_numbers(*triple) for triple in triples])
     device, with_gradient, with_momentum = launch_key(probes[0])
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         sent = plan.send([tensors, _layer_rows(probes, products, plan, alive), numbers])

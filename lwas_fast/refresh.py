@@ -21,6 +21,18 @@ from lwas_fast.update import bias_correction
 Groups = Sequence[dict[str, Any]]
 
 
+# Up to here BLAS's dot product is as exact as a sum and twice as fast, for it makes no temporary.
+_DOT = 2**22
+
+
+def _dot(direction: Tensor, other: Tensor | None) -> Tensor:
+    if other is None:
+        return direction.new_zeros(())
+    if direction.numel() <= _DOT and direction.dtype == other.dtype:
+        return torch.dot(direction.flatten(), other.flatten())
+    return (direction * other).sum()
+
+
 def layer_sums(probe: Probe, products: Products) -> Tensor:
     """Reduce a measurement to what the rates need.
 
@@ -35,9 +47,7 @@ def layer_sums(probe: Probe, products: Products) -> Tensor:
     dtype = probe.bucket.table.dtype
 
     def dot(others: Sequence[Tensor | None]) -> Tensor:
-        pairs = zip(directions, others, strict=True)
-        each = [d.new_zeros(()) if other is None else (d * other).sum() for d, other in pairs]
-        return torch.stack([value.to(dtype) for value in each])
+        return torch.stack([_dot(d, other).to(dtype) for d, other in zip(directions, others, strict=True)])
 
     square = dot(directions)
     signal = torch.full_like(square, torch.nan)

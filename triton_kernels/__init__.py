@@ -16,6 +16,7 @@ def triton_version() -> str | None:
     """
     try:
         import triton
+
+        return str(triton.__version__)
     except Exception:  # not only ImportError: a broken driver or a missing system library raises others
         return None
-    return str(triton.__version__)

@@ -1,4 +1,4 @@
-"""A few fused steps with odd sizes and alignments, far from the cap and near it: work for compute-sanitizer."""
+"""Refreshes and fused steps with odd sizes and alignments, far from the cap and near it: for compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def main() -> None:
                 params = [
                     torch.randn(n + 3, device="cuda").to(dtype)[k:].requires_grad_() for k in (0, 3) for n in SIZES
                 ]
-                opt = kind(params, warmup_steps=9, cap=cap, fused=True)
+                opt = kind(params, update_every=2, noise_exponent=0.5, cap=cap, fused=True)
                 for _ in range(3):
-                    for p in params:
-                        p.grad = torch.randn_like(p)
+                    opt.zero_grad()
+                    opt.backward(sum((p.float() ** 2 * torch.randn_like(p.float())).sum() for p in params))
                     opt.step()
                 total += sum(p.detach().float().sum() for p in params)
     print("sum of all weights:", total.item())
