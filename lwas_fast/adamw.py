@@ -13,7 +13,7 @@ from lwas_fast import fused
 from lwas_fast.layers import LayerRule
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
-from lwas_fast.update import Moving, bias_correction
+from lwas_fast.update import Moving, bias_correction, each
 
 
 class AdamWLW(LayerwiseOptimizer):
@@ -76,21 +76,21 @@ class AdamWLW(LayerwiseOptimizer):
         states: list[dict[str, Any]],
         weights: list[Tensor],
         gradients: list[Tensor],
-        steps: list[Tensor],
+        steps: Tensor,
         factors: list[float],
     ) -> tuple[list[Tensor] | None, list[Tensor]]:
         beta1, beta2 = group["betas"]
         squares = torch._foreach_mul(gradients, gradients)
         denominators = list(torch._foreach_lerp([state["exp_avg_sq"] for state in states], squares, 1 - beta2))
         del squares
-        torch._foreach_div_(denominators, [bias_correction(step, beta2) for step in steps])
+        torch._foreach_div_(denominators, each(bias_correction(steps, beta2), gradients))
         torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, group["eps"])
         if group["probe"] == "gradient":
             directions = list(torch._foreach_div(gradients, denominators))
         else:
             directions = list(torch._foreach_lerp([state["exp_avg"] for state in states], gradients, 1 - beta1))
-            torch._foreach_div_(directions, [bias_correction(step, beta1) for step in steps])
+            torch._foreach_div_(directions, each(bias_correction(steps, beta1), gradients))
             torch._foreach_div_(directions, denominators)
         torch._foreach_mul_(directions, factors)
         return gradients, directions
@@ -103,9 +103,9 @@ class AdamWLW(LayerwiseOptimizer):
         torch._foreach_lerp_(first, moving.taking_part(moving.gradients, first), 1 - beta1)
         torch._foreach_lerp_(second, moving.taking_part(squares, second), 1 - beta2)
         steps = moving.count(states)
-        denominators = list(torch._foreach_div(second, moving.each(bias_correction(steps, beta2))))
+        denominators = list(torch._foreach_div(second, each(bias_correction(steps, beta2), moving.weights)))
         torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, group["eps"])
-        directions = list(torch._foreach_div(first, moving.each(-bias_correction(steps, beta1))))
+        directions = list(torch._foreach_div(first, each(-bias_correction(steps, beta1), moving.weights)))
         torch._foreach_div_(directions, denominators)
         return directions

@@ -39,6 +39,15 @@ class Replay:
             yield
 
 
+def _values(gradient: Tensor) -> Tensor:
+    """A gradient's values, which another evaluation leaves alone: a copy if its memory may be written to by one.
+
+    DDP's gradients may be views of its buckets, another library's of a buffer of its own.
+    """
+    own = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
+    return gradient if own else gradient.clone()
+
+
 @contextmanager
 def _gradients_kept(leaves: Sequence[Tensor], values: dict[Tensor, Tensor]) -> Iterator[None]:
     """Start from no gradients inside, and put the present ones, with these values, back after."""
@@ -49,19 +58,22 @@ def _gradients_kept(leaves: Sequence[Tensor], values: dict[Tensor, Tensor]) -> I
         yield
     finally:
         for leaf, grad in kept:
-            if grad is not None:  # its memory may have been written to: DDP's gradients are views of its buckets
+            if grad is not None and values[leaf] is not grad:
                 grad.copy_(values[leaf])
             leaf.grad = grad
 
 
 @contextmanager
-def _displaced(params: Sequence[Tensor], displacements: Sequence[Tensor]) -> Iterator[None]:
-    """Move the parameters inside, and put them back bit for bit after."""
+def _displaced(params: Sequence[Tensor], directions: Sequence[Tensor], eps: Sequence[Tensor]) -> Iterator[None]:
+    """Move the parameters by eps times their directions inside, and put them back bit for bit after."""
     kept = [p.detach().clone() for p in params]
     try:
         with torch.no_grad():
-            for p, displacement in zip(params, displacements, strict=True):
-                p.copy_(p.to(displacement.dtype) + displacement)
+            for p, direction, e in zip(params, directions, eps, strict=True):
+                if p.dtype == direction.dtype:
+                    p.addcmul_(direction, e)
+                else:
+                    p.copy_(torch.addcmul(p.to(direction.dtype), direction, e))
         yield
     finally:
         with torch.no_grad():
@@ -116,11 +128,12 @@ def by_differences(
     eps = _step_lengths(probes, estimator)
     of_tensor = [probe.selection.per_tensor(e) for probe, e in zip(probes, eps, strict=True)]
     found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
-    before = {leaf: leaf.grad.clone() for leaf in leaves if leaf.grad is not None}
+    before = {leaf: _values(leaf.grad) for leaf in leaves if leaf.grad is not None}
     for members in product_passes(probes, estimator):
         moved = [probes[p].selection.params[i] for p, i in members]
-        steps = [probes[p].vectors.directions[i] * of_tensor[p][i] for p, i in members]
-        with _gradients_kept(leaves, before), _displaced(moved, steps), buffers_kept(leaves), replay.again():
+        along = [probes[p].vectors.directions[i] for p, i in members]
+        eps_of = [of_tensor[p][i] for p, i in members]
+        with _gradients_kept(leaves, before), _displaced(moved, along, eps_of), buffers_kept(leaves), replay.again():
             with torch.enable_grad():
                 evaluate()
             for p, i in members:
@@ -136,4 +149,7 @@ def _difference(probe: Probe, i: int, before: dict[Tensor, Tensor]) -> Tensor:
     param, direction = probe.selection.params[i], probe.vectors.directions[i]
     if param.grad is None or param not in before:  # the evaluations differ in more than the weights: no number
         return torch.full_like(direction, torch.nan)
-    return param.grad.to(direction.dtype) - before[param].to(direction.dtype)
+    after, earlier = param.grad, before[param].to(direction.dtype)
+    if after.dtype == direction.dtype:
+        return after.sub_(earlier)  # nobody else needs it
+    return after.to(direction.dtype) - earlier

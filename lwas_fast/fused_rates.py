@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lwas_fast.curvature import Probe, Products
 from lwas_fast.layers import Selection, upload
-from lwas_fast.rates import Column, Sums
+from lwas_fast.rates import Column, Sums, memory
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what layer_rates.Tensors.KIND says
 UNALIGNED = 4
@@ -116,12 +116,11 @@ def _tensor_rows(probe: Probe, products: Products, alive: list[Sequence[Tensor]]
 
 def _numbers(probe: Probe, products: Products, group: dict[str, Any]) -> np.ndarray:
     """`layer_rates.Numbers` of each layer of a probe."""
-    horizon = group["rate_horizon"]
     common = [
         1.0 if isinstance(products.factor, Tensor) else products.factor,
         group["weight_decay"] + group["damping"],
         0.5 * group["self_concordance"],
-        math.exp(-group["update_every"] / horizon) if horizon > 0 else 0.0,
+        memory(group),
         group["noise_exponent"],
         group["max_growth"],
         group["warmup_rate"],

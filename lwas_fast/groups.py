@@ -59,7 +59,7 @@ def prepare(
         rule: Its ``layers=``.
 
     Returns:
-        A copy with ``layer_names``, ``steps`` and ``next_refresh``, each tensor in it once.
+        A copy with ``layer_names``, ``steps``, ``next_refresh`` and ``last_refresh``, each tensor in it once.
 
     Raises:
         TypeError: No dictionary, or an entry that is no tensor.
@@ -86,6 +86,7 @@ def prepare(
     group["layer_names"] = found
     group["steps"] = 0
     group["next_refresh"] = group.get("warmup_steps", defaults["warmup_steps"])
+    group["last_refresh"] = None
     return group
 
 

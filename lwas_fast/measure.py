@@ -14,6 +14,7 @@ from lwas_fast.curvature import Probe, Products, Vectors, by_autograd, draw_sign
 from lwas_fast.errors import CurvatureError, explain
 from lwas_fast.finite_difference import Replay, by_differences
 from lwas_fast.layers import Bucket, Selection, state_dtype
+from lwas_fast.profiling import span
 from lwas_fast.refresh import refreshed
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _probe(
     raw = [gradients[p].detach() for p in selection.params]
     scaled = [g.to(dtype) if as_is else g.to(dtype) * scale for g, dtype in zip(raw, dtypes, strict=True)]
     weights = [p.detach().to(dtype) for p, dtype in zip(selection.params, dtypes, strict=True)]
-    steps = [(bucket.counts[i] + 1).to(dtype) for i, dtype in zip(selection.indices, dtypes, strict=True)]
+    steps = torch.stack([bucket.counts[i] for i in selection.indices]).to(selection.dtype) + 1
     factors = [-signs[layer] for layer in selection.layer]
     used, directions = opt._directions(group, states, weights, scaled, steps, factors)
     if used is scaled and as_is:
@@ -128,7 +129,7 @@ def _result(
     opt: LayerwiseOptimizer, probes: list[Probe], products: list[Products], over_replicas: bool = False
 ) -> Measured:
     groups = [opt.param_groups[probe.bucket.group] for probe in probes]
-    with torch.no_grad():
+    with torch.no_grad(), span("rates"):
         rows = refreshed(probes, products, groups, opt._plans, over_replicas)
     return Measured(
         [n for n, group in enumerate(opt.param_groups) if opt._due(group)], list(zip(probes, rows, strict=True))
@@ -178,11 +179,13 @@ def _autograd(opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float) -> M
             # Directions must be equal on all replicas: they are those of the averaged gradient, of the whole window.
             _accumulate_over_replicas(graph)
             gradients = {leaf: leaf.grad for leaf in graph if leaf.grad is not None}
-            probes = _probes(opt, gradients, scale / (opt._micro_batches + 1), scale)
-        else:
-            probes = _probes(opt, graph, scale, scale)
-        ours = [[graph[p] for p in probe.selection.params] for probe in probes]
-        products = by_autograd(probes, ours, opt._whole["curvature"])
+        with span("curvature"):
+            if replicated:
+                probes = _probes(opt, gradients, scale / (opt._micro_batches + 1), scale)
+            else:
+                probes = _probes(opt, graph, scale, scale)
+            ours = [[graph[p] for p in probe.selection.params] for probe in probes]
+            products = by_autograd(probes, ours, opt._whole["curvature"])
     except RuntimeError as error:
         if (explained := explain(error)) is not None:
             raise explained from error
@@ -201,8 +204,10 @@ def _by_differences(
     groups.check_dense(opt.param_groups, gradients.get)
     # The loss's graph is used up but still tells which other leaves the evaluation gives gradients to.
     leaves = list(dict.fromkeys(params + leaves_of(loss)))
-    probes = _probes(opt, gradients, scale, scale)
-    return _result(opt, probes, by_differences(probes, evaluate, replay, leaves, opt._whole["curvature"]))
+    with span("curvature"):
+        probes = _probes(opt, gradients, scale, scale)
+        products = by_differences(probes, evaluate, replay, leaves, opt._whole["curvature"])
+    return _result(opt, probes, products)
 
 
 def _differences_of(opt: LayerwiseOptimizer, forward: Callable[[], tuple[Tensor, Tensor]], scaler: Any) -> Tensor:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lwas_fast import backends, checkpoint, fused_rates, groups, measure, options, rates
 from lwas_fast.layers import Bucket, LayerRule, Selection, make_buckets, state_dtype
 from lwas_fast.measure import Measured
+from lwas_fast.profiling import span
 from lwas_fast.rates import Column
 from lwas_fast.update import Moving, Scaling, step_selection
 
@@ -21,7 +22,7 @@ from lwas_fast.update import Moving, Scaling, step_selection
 class LayerwiseOptimizer(Optimizer):
     """What `SGDLW` and `AdamWLW` share: layers, refreshes, guards and PyTorch's optimizer interface.
 
-    Every ``update_every`` steps the curvature of the loss along each layer's own descent direction is measured and
+    Every so many steps the curvature of the loss along each layer's own descent direction is measured and
     turned into that layer's rate; in between rates are held. All of this but ``curvature``, ``hvp``, ``seed`` and
     ``layers`` can be set for each parameter group.
 
@@ -34,13 +35,15 @@ class LayerwiseOptimizer(Optimizer):
         common: The keywords below.
 
     Keyword Args:
-        update_every (int): Steps from one refresh to the next (the paper's T). Default 10.
+        update_every (int | None): Steps from one refresh to the next (the paper's T). Default: a tenth of the steps
+            since warm-up, but at least 10 and at most 100.
         curvature (str): ``"signs"`` (default; one product, unbiased), ``"joint"`` (one product, with cross terms),
             ``"blocks"`` (exact, one product a layer).
         probe (str): Direction measured: ``"gradient"`` (default; the one this gradient gives alone) or ``"update"``
             (with momentum).
         hvp (str): ``"autograd"`` (default) or ``"finite_difference"``. ``step(closure)`` uses the latter anyway.
-        rate_horizon (float): Steps over which rates are averaged; 0: no averaging. Default 100.
+        rate_horizon (float | None): Steps over which rates are averaged; 0: no averaging. Default: 100, and at least 5
+            refreshes.
         noise_exponent (float): Power of the share of signal in the gradient that scales rates; 0: off.
         max_growth (float): Most that a measured rate may exceed the present one, as a factor. Default 10.
         warmup_steps (int): Steps without measurement, at ``warmup_rate``. Default 0.
@@ -222,8 +225,9 @@ class LayerwiseOptimizer(Optimizer):
             self._warn_if_overdue()
         else:
             self._take_in(self._measured)
-        for bucket, group, present, implementation in moving:
-            self._update(bucket, group, present, implementation)
+        with span("update"):
+            for bucket, group, present, implementation in moving:
+                self._update(bucket, group, present, implementation)
         for number in {bucket.group for bucket, *_ in moving}:
             self.param_groups[number]["steps"] += 1
         self._close_window()
@@ -235,7 +239,8 @@ class LayerwiseOptimizer(Optimizer):
             probe.bucket.table[probe.selection.rows] = rows
         for number in measured.groups:
             group = self.param_groups[number]
-            group["next_refresh"] = group["steps"] + group["update_every"]
+            group["last_refresh"] = group["steps"]
+            group["next_refresh"] = group["steps"] + rates.interval(group)
 
     def _update(self, bucket: Bucket, group: dict[str, Any], present: list[int], implementation: str) -> None:
         if implementation == "single":
@@ -269,7 +274,7 @@ class LayerwiseOptimizer(Optimizer):
         return {"step": count, **zeros, "layer": bucket.table[bucket.row[i]]}
 
     def _warn_if_overdue(self) -> None:
-        late = [g for g in self.param_groups if self._due(g) and g["steps"] >= g["next_refresh"] + g["update_every"]]
+        late = [g for g in self.param_groups if self._due(g) and g["steps"] >= g["next_refresh"] + rates.interval(g)]
         if late and not self._warned:
             self._warned = True
             warnings.warn(
@@ -291,7 +296,7 @@ class LayerwiseOptimizer(Optimizer):
         states: list[dict[str, Any]],
         weights: list[Tensor],
         gradients: list[Tensor],
-        steps: list[Tensor],
+        steps: Tensor,
         factors: list[float],
     ) -> tuple[list[Tensor] | None, list[Tensor]]:
         """Give what a measurement goes along, changing nothing.
@@ -301,7 +306,7 @@ class LayerwiseOptimizer(Optimizer):
             states: Of the tensors that have a gradient.
             weights: Those tensors, in the dtype of their state.
             gradients: Likewise.
-            steps: The number of their next update, likewise.
+            steps: The number (N,) of their next update, in the dtype of the statistics.
             factors: What the ascent direction is to be multiplied by: minus the sign of the tensor's layer.
 
         Returns:

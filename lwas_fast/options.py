@@ -13,11 +13,11 @@ HVP_MODES = ("autograd", "finite_difference")
 class Common(TypedDict, total=False):
     """The keywords that both optimizers share; `LayerwiseOptimizer` says what each does."""
 
-    update_every: int
+    update_every: int | None
     curvature: str
     probe: str
     hvp: str
-    rate_horizon: float
+    rate_horizon: float | None
     max_growth: float
     warmup_steps: int
     damping: float
@@ -30,11 +30,11 @@ class Common(TypedDict, total=False):
 
 
 DEFAULTS: Common = {
-    "update_every": 10,
+    "update_every": None,
     "curvature": "signs",
     "probe": "gradient",
     "hvp": "autograd",
-    "rate_horizon": 100.0,
+    "rate_horizon": None,
     "max_growth": 10.0,
     "warmup_steps": 0,
     "damping": 0.0,
@@ -72,6 +72,11 @@ def _integer(low: int) -> Any:
     return check, f"an integer, at least {low}"
 
 
+def _or_none(rule: Any) -> Any:
+    check, allowed = rule
+    return lambda value: value is None or check(value), f"None or {allowed}"
+
+
 def _one_of(*values: Any) -> Any:
     return lambda value: any(value is v or value == v for v in values), "one of " + ", ".join(map(repr, values))
 
@@ -88,9 +93,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (_betas, "a pair of numbers, each at least 0 and less than 1"),
     "eps": _number(0, math.inf, open_low=True, open_high=True),
     "weight_decay": _number(0, math.inf, open_high=True),
-    "update_every": _integer(1),
+    "update_every": _or_none(_integer(1)),
     "probe": _one_of("gradient", "update"),
-    "rate_horizon": _number(0, math.inf, open_high=True),
+    "rate_horizon": _or_none(_number(0, math.inf, open_high=True)),
     "noise_exponent": _number(0, math.inf, open_high=True),
     "cap": _number(0, open_low=True),
     "max_growth": _number(1, open_low=True),

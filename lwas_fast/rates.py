@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+INTERVALS = (10, 100)  # least and most steps between refreshes; docs/method.md says why
+HORIZON, HORIZON_REFRESHES = 100, 5  # rates are averaged over this many steps, and this many refreshes, at least
 LEAST_SIGNAL = 1e-3  # the noise factor's lower clip: one noisy estimate must not stop a layer
 
 
@@ -48,6 +50,23 @@ class Sums(IntEnum):
     CURVATURE = 1  # <d, H d> as the estimator gives it
     SQUARE = 2  # ||d||^2
     SIGNAL = 3  # -<d, momentum before this gradient>; NaN when there is none yet
+
+
+def interval(group: dict[str, Any]) -> int:
+    """Steps from a refresh now to the next: fixed, or a tenth of those since warm-up, in bounds."""
+    fixed: int | None = group["update_every"]
+    least, most = INTERVALS
+    return fixed or min(max(least, int(group["steps"] - group["warmup_steps"]) // 10), most)
+
+
+def memory(group: dict[str, Any]) -> float:
+    """What the averages over refreshes keep of their past (beta) in a refresh now."""
+    last = group["last_refresh"]
+    elapsed = interval(group) if last is None else group["steps"] - last
+    horizon = group["rate_horizon"]
+    if horizon is None:
+        horizon = max(HORIZON, HORIZON_REFRESHES * elapsed)
+    return math.exp(-elapsed / horizon) if horizon > 0 else 0.0
 
 
 def closed_form(descent: Tensor, curvature: Tensor, self_concordance: float = 2.0) -> Tensor:
@@ -95,8 +114,7 @@ def refresh(table: Tensor, sums: Tensor, group: dict[str, Any]) -> Tensor:
     no_descent = ~skip & ~nonfinite & (descent <= 0)
     usable = ~(skip | nonfinite | no_descent)
 
-    horizon = group["rate_horizon"]
-    beta = math.exp(-group["update_every"] / horizon) if horizon > 0 else 0.0
+    beta = memory(group)
 
     def average(column: Column, value: Tensor | float, where: Tensor) -> None:
         old = table[:, column]

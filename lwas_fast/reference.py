@@ -6,15 +6,16 @@ gradient, m, v moments, H_λλ block of the Hessian, n updates with this one; k 
     ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ + γ‖d‖²    t = ρ / (δ (δ + (M/2) ρ)),  M = 2
     F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d
 
-Refresh, when k ≥ warmup_steps and T = update_every divides k − warmup_steps, on the raw gradient, before any
-state changes (SGD: g ← g + γW, D = 1):
+Refresh at k = warmup_steps and then every T steps, T = update_every or, without one, (k − warmup_steps)/10 rounded
+down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← g + γW, D = 1):
 
     m⁺ = β₁m + (1−β₁)g     m̂ = m⁺/(1−β₁ⁿ)     m̂⁻ = m/(1−β₁ⁿ⁻¹), which exists from n = 2 on
     v⁺ = β₂v + (1−β₂)g²    v̂ = v⁺/(1−β₂ⁿ)     D = 1/(√v̂ + ε)
     d  = −Dg (probe "gradient") or −Dm̂ ("update")
     c  = z_λ⟨d_λ, (Hv)_λ⟩, v = (z_μ d_μ)_μ (signs), ⟨d_λ, (Hd)_λ⟩ (joint) or ⟨d_λ, H_λλ d_λ⟩ (blocks)
     ρ  = −⟨g, d⟩           q = ‖d‖²           s = −⟨d, m̂⁻⟩    δ² = |c| + (γ + damping) q
-    S ← βS + (1−β)s        R ← βR + (1−β)ρ    β = exp(−T/rate_horizon), 0 for a horizon of 0
+    S ← βS + (1−β)s        R ← βR + (1−β)ρ    β = exp(−T/rate_horizon), 0 for a horizon of 0,
+                                                    whose default is max(100, 5T), T the steps since the last
     α = clip(S/R, 10⁻³, 1) t ← min(t α^noise_exponent, max_growth · rate)
     E ← βE + (1−β)t        w ← βw + (1−β)     rate = E/w      (S, R, E, w start at 0, rate at warmup_rate)
 
@@ -85,10 +86,10 @@ class Hyper:
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW only
     eps: float = 1e-8  # AdamW only
     weight_decay: float = 0.0
-    update_every: int = 10
+    update_every: int | None = None
     curvature: str = "signs"
     probe: str = "gradient"
-    rate_horizon: float = 100.0
+    rate_horizon: float | None = None
     noise_exponent: float = 0.125
     cap: float = 0.03
     max_growth: float = 10.0
@@ -124,6 +125,8 @@ class Reference:
         self.m, self.v = ([torch.zeros_like(w) for w in self.W] for _ in range(2))
         self.S, self.R, self.E, self.w, self.applied = ([0.0] * len(W) for _ in range(5))
         self.k, self.n = 0, [0] * len(W)  # steps and updates done so far
+        self.last_k: int | None = None
+        self.due = self.hyper.warmup_steps
         self.last = [dict.fromkeys(("descent", "curvature", "q"), math.nan) for _ in W]
         self.events = [dict.fromkeys(EVENTS, 0) for _ in W]
 
@@ -131,6 +134,11 @@ class Reference:
     def rate(self) -> list[float]:
         """The rate of each layer, before cap, lr and ramp."""
         return [E / w if w > 0 else self.hyper.warmup_rate for E, w in zip(self.E, self.w, strict=True)]
+
+    @property
+    def interval(self) -> int:
+        """T of a refresh at this step."""
+        return self.hyper.update_every or min(max(10, (self.k - self.hyper.warmup_steps) // 10), 100)
 
     def step(self, loss: Loss, z: Signs = None, gradient: Sequence[Tensor] | None = None) -> None:
         """Refresh if that is due, then update.
@@ -144,9 +152,10 @@ class Reference:
         l2 = 0.0 if self.adam else h.weight_decay
         W = [w.clone().requires_grad_() for w in self.W]
         g = [g_i + l2 * w for g_i, w in zip(torch.autograd.grad(sign * loss(W), W), self.W, strict=True)]
-        if self.k >= h.warmup_steps and (self.k - h.warmup_steps) % h.update_every == 0:
+        if self.k == self.due:
             H = torch.func.hessian(lambda x: sign * loss(list(x.split(sizes))))(torch.cat(self.W))
             self._refresh(g, H, z)
+            self.last_k, self.due = self.k, self.k + self.interval
         if gradient is not None:
             g = [sign * g_i + l2 * w for g_i, w in zip(gradient, self.W, strict=True)]
         for i, g_i in enumerate(g):
@@ -166,7 +175,9 @@ class Reference:
             _, _, m_hat, D = self._moments(i, g_i)
             d.append(-D * {"gradient": g_i, "update": m_hat}[h.probe])
             layers.append(slice(start, start := start + g_i.numel()))
-        beta = math.exp(-h.update_every / h.rate_horizon) if h.rate_horizon > 0 else 0.0
+        T = self.interval if self.last_k is None else self.k - self.last_k
+        horizon = max(100, 5 * T) if h.rate_horizon is None else h.rate_horizon
+        beta = math.exp(-T / horizon) if horizon > 0 else 0.0
         for i, c in enumerate(curvature(H, torch.cat(d), layers, h.curvature, z)):
             count, rho, q = self.events[i], -g[i] @ d[i], d[i] @ d[i]
             delta2 = c.abs() + (h.weight_decay + h.damping) * q

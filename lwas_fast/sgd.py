@@ -13,7 +13,7 @@ from lwas_fast import fused
 from lwas_fast.layers import LayerRule
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
-from lwas_fast.update import Moving, bias_correction
+from lwas_fast.update import Moving, bias_correction, each
 
 
 class SGDLW(LayerwiseOptimizer):
@@ -76,7 +76,7 @@ class SGDLW(LayerwiseOptimizer):
         states: list[dict[str, Any]],
         weights: list[Tensor],
         gradients: list[Tensor],
-        steps: list[Tensor],
+        steps: Tensor,
         factors: list[float],
     ) -> tuple[list[Tensor] | None, list[Tensor]]:
         if group["weight_decay"] != 0:
@@ -85,7 +85,7 @@ class SGDLW(LayerwiseOptimizer):
             return None, list(torch._foreach_mul(gradients, factors))
         beta = group["momentum"]
         directions = list(torch._foreach_lerp([state["momentum_buffer"] for state in states], gradients, 1 - beta))
-        torch._foreach_div_(directions, [bias_correction(step, beta) for step in steps])
+        torch._foreach_div_(directions, each(bias_correction(steps, beta), gradients))
         torch._foreach_mul_(directions, factors)
         return gradients, directions
 
@@ -96,4 +96,4 @@ class SGDLW(LayerwiseOptimizer):
             torch._foreach_add_(moving.gradients, moving.weights, alpha=decay)
         torch._foreach_lerp_(momenta, moving.taking_part(moving.gradients, momenta), 1 - beta)
         correction = bias_correction(moving.count(states), beta)
-        return list(torch._foreach_div(momenta, moving.each(-correction)))
+        return list(torch._foreach_div(momenta, each(-correction, moving.weights)))

@@ -63,9 +63,10 @@ class Moving:
         torch._foreach_add_(steps, [moves[layer] for layer in self._selection.layer])
         return torch.stack(steps).to(self._selection.dtype)
 
-    def each(self, values: Tensor) -> list[Tensor]:
-        """Split numbers of tensors (N,) into N views in the tensors' own dtypes."""
-        return [v.to(w.dtype) for v, w in zip(values.unbind(), self.weights, strict=True)]
+
+def each(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Split the numbers of N tensors (N,) into N tensors without dimension, in the others' dtypes."""
+    return [v.to(t.dtype) for v, t in zip(values.unbind(), tensors, strict=True)]
 
 
 def bias_correction(steps: Tensor, beta: float, empty: float = 1.0) -> Tensor:

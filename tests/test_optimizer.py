@@ -8,6 +8,7 @@ spreads; errors that come after something was changed.
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 
@@ -15,6 +16,10 @@ import pytest
 import torch
 from cases import CASE_IDS, CASES, OPTIMIZERS, batches, layer_vectors, loss_of, small_net, train
 from torch import nn
+
+from lwas_fast import SGDLW, AdamWLW
+from lwas_fast.curvature import draw_signs
+from lwas_fast.reference import ReferenceAdamWLW
 
 EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
 
@@ -255,3 +260,40 @@ def test_grad_scaler_changes_nothing(kind):
         found.append(layer_vectors(model))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_measurements_come_often_at_first_and_rarely_later():
+    """Every tenth step, then after a tenth of the steps so far, at last every hundredth; counted from warm-up on."""
+    for warmup in (0, 7):
+        weight = torch.ones(3, requires_grad=True)
+        opt = SGDLW([weight], warmup_steps=warmup)
+        due = []
+        for step in range(2400):
+            if opt.curvature_due:
+                due.append(step - warmup)
+            opt.zero_grad()
+            opt.backward(weight.square().sum())
+            opt.step()
+        assert due[:12] == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110]
+        assert due[12:16] == [121, 133, 146, 160] and len([k for k in due if k < 500]) == 28
+        assert set(map(int, torch.tensor(due).diff()[-10:])) == {100}
+
+
+def test_the_default_schedule_follows_the_reference():
+    """Over intervals that grow, and with them the averages' memory."""
+    torch.manual_seed(0)
+    start = torch.randn(4, dtype=torch.float64)
+    weight = start.clone().requires_grad_()
+    opt, ref = AdamWLW([weight]), ReferenceAdamWLW([start])
+    for step in range(260):
+        scale = 1 + 0.5 * math.sin(step)
+
+        def loss(vectors, scale=scale):
+            return scale * (vectors[0] ** 4).sum() + (vectors[0] - 1).square().sum()
+
+        ref.step(loss, z=draw_signs(0, step, 1))
+        opt.zero_grad()
+        opt.backward(loss([weight]))
+        opt.step()
+    assert opt.diagnostics()["param0"]["refreshes"] == ref.events[0]["refreshes"] == 21
+    torch.testing.assert_close(weight.detach(), ref.W[0], rtol=1e-9, atol=1e-11)
