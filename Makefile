@@ -4,7 +4,8 @@
 #   make demo       train a small CNN, no learning rate given; ARGS="--steps 200" passes options on
 #   make test       everything that takes seconds; ARGS="-k demo" passes options on
 #   make test-slow  what takes minutes
-#   make bench      the update against torch's own, about 4 minutes; JSON in bench/results/, a table at the end
+#   make bench      whole steps, update and rates against torch's own, about 8 minutes: JSON and pictures in
+#                   bench/results/, tables at the end; ARGS="-k step" takes a part
 #   make lint       ruff, mypy, clang-format
 #   make clean      start over
 #
@@ -40,8 +41,9 @@ test-slow: $(READY)
 	$(PY) -m pytest -m slow $(ARGS)
 
 bench: $(READY)
-	$(PY) -m pytest bench -q --benchmark-quiet --benchmark-json=bench/results/update.json $(ARGS)
-	$(PY) bench/report.py bench/results/update.json
+	$(PY) -m pytest bench -q --benchmark-quiet --benchmark-json=bench/results/latest.json $(ARGS)
+	$(PY) bench/report.py bench/results/latest.json
+	$(PY) bench/draw.py bench/results/latest.json --out bench/results
 
 # Through its module: the command may lie beside another interpreter, whose packages are shared.
 CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-460}
-STAGES=(build tests update rates sanitizer)
+STAGES=(build tests update rates step scaling profile sanitizer quality)
 chosen=("$@")
 [ ${#chosen[@]} -gt 0 ] || chosen=("${STAGES[@]}")
 for name in "${chosen[@]}"; do
@@ -51,6 +51,30 @@ stage_update() {
 stage_rates() {
   $PYTHON -m pytest bench/test_rates.py -q --benchmark-quiet --benchmark-json="$OUT/rates.json"
   $PYTHON bench/report.py "$OUT/rates.json"
+}
+
+stage_step() {
+  $PYTHON -m pytest bench/test_step.py -q --benchmark-quiet --benchmark-json="$OUT/step.json"
+  $PYTHON bench/report.py "$OUT/step.json"
+}
+
+stage_scaling() {
+  $PYTHON -m pytest bench/test_scaling.py -q --benchmark-quiet --benchmark-json="$OUT/scaling.json"
+  $PYTHON bench/report.py "$OUT/scaling.json"
+}
+
+stage_profile() {
+  OUT="$OUT/profile" PYTHON=$PYTHON bench/profile_nsys.sh VGG16-BN
+}
+
+stage_quality() { # data in the folder LWAS_FAST_DATA
+  if [ -z "${LWAS_FAST_DATA:-}" ]; then
+    echo "no data given: LWAS_FAST_DATA is not set"
+    return
+  fi
+  $PYTHON bench/quality/run.py --full --steps 1500 --tasks vgg11,resnet --seeds 0 --out "$OUT/quality" \
+    --optimizers adamwlw,sgdlw,adamw:lr=1e-3,sgd:lr=1e-1
+  $PYTHON bench/quality/report.py "$OUT/quality"
 }
 
 stage_sanitizer() {

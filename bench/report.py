@@ -20,24 +20,41 @@ def load(path: Path) -> tuple[dict, list[dict]]:
     return content["machine_info"], [b for b in content["benchmarks"] if "ratio" in b["extra_info"]]
 
 
-def table_of(machine: dict, benchmarks: list[dict]) -> Table:
-    """One row a case, one column a workload; each cell our median over the other's, and our median."""
-    workloads = list(dict.fromkeys(b["extra_info"]["workload"] for b in benchmarks))
-    ours = machine["lwas_fast"]
-    table = Table(title=f"ours / theirs (our median) on {ours['device']}, torch {ours['torch']}")
-    table.add_column("case")
-    for workload in workloads:
-        table.add_column(workload, justify="right")
-    rows: dict[str, dict[str, str]] = {}
+def group_of(benchmark: dict) -> str:
+    """What its file measures: bench/test_update.py::... -> update."""
+    return Path(benchmark["fullname"].split("::")[0]).stem.removeprefix("test_")
+
+
+def cell_of(benchmark: dict) -> str:
+    """A ratio and our median; or, of whole steps, the ratios of an ordinary one, a measuring one and the mean."""
+    info = benchmark["extra_info"]
+    if "ratio_mean" in info:
+        return f"{info['ratio']:.2f} / {info['ratio_measuring']:.1f} / {info['ratio_mean']:.2f}"
+    return f"{info['ratio']:.2f} ({benchmark['stats']['median'] * 1e3:.3g} ms)"
+
+
+def table_of(machine: dict, group: str, benchmarks: list[dict]) -> Table:
+    """Cases against workloads, the longer of the two downwards."""
+    cells: dict[tuple[str, str], str] = {}
     for b in benchmarks:
         info = b["extra_info"]
         name = info["case"]
         name += f", {info['threads']} threads" if info.get("threads") else ""
         name += ", CPU time" if info.get("measure") == "launch" else ""
-        median = b["stats"]["median"] * 1e3
-        rows.setdefault(name, {})[info["workload"]] = f"{info['ratio']:.2f} ({median:.3g} ms)"
-    for name, cells in rows.items():
-        table.add_row(name, *(cells.get(workload, "") for workload in workloads))
+        cells[name, info["workload"]] = cell_of(b)
+    rows, columns = (list(dict.fromkeys(key[k] for key in cells)) for k in (0, 1))
+    turned = len(columns) > len(rows)
+    if turned:
+        rows, columns = columns, rows
+    ours = machine["lwas_fast"]
+    whole = any("ratio_mean" in b["extra_info"] for b in benchmarks)
+    what = "ordinary step / step that measures / mean of 500" if whole else "our median"
+    table = Table(title=f"{group}: ours / theirs ({what}) on {ours['device']}, torch {ours['torch']}")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row, *(cells.get((c, row) if turned else (row, c), "") for c in columns))
     return table
 
 
@@ -48,7 +65,8 @@ def main() -> None:
     console = Console(width=180)
     for path in parser.parse_args().files:
         machine, benchmarks = load(path)
-        console.print(table_of(machine, benchmarks))
+        for group in dict.fromkeys(map(group_of, benchmarks)):
+            console.print(table_of(machine, group, [b for b in benchmarks if group_of(b) == group]))
 
 
 if __name__ == "__main__":

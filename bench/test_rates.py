@@ -74,7 +74,6 @@ def test_rates(benchmark, device, workload, dtype, momenta, against, measure):
     count = sum(p.numel() for p in params)
     with torch.no_grad():
         paired(benchmark, ours, theirs, device, (50 if CUDA else 9) if count > 100e6 else 50, measure == "launch")
-    benchmark.group = "rates"
     moved = count * (4 + 4 * momenta + 2 * params[0].element_size())
     benchmark.extra_info.update(
         workload=workload,

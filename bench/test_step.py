@@ -117,8 +117,9 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[float]]]:
         yield found
 
 
-def peak_bytes(step: Step) -> int:
-    """The most that a step has allocated at once, beyond what was there before it."""
+def peak_bytes(step: Step, model: torch.nn.Module) -> int:
+    """The most that a step has allocated at once, beyond parameters and state; gradients count."""
+    model.zero_grad()
     if CUDA:
         wait()
         torch.cuda.reset_peak_memory_stats()
@@ -135,15 +136,15 @@ def peak_bytes(step: Step) -> int:
     return most
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("model", MODELS)
-def test_step(benchmark, device, monkeypatch, model, rule, route):
+def compare(
+    benchmark, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Problem], rule: str, route: str, pairs: int = PAIRS
+) -> None:
+    """Time both sides in turns; what was found goes into the benchmark's JSON."""
     kind, torchs = RULES[rule]
     sides = []
     for _ in range(2):
         torch.manual_seed(0)
-        sides.append(MODELS[model](device, full=CUDA))
+        sides.append(make())
     theirs = usual(sides[0], torchs(sides[0].model.parameters()))
     opt = kind(sides[1].model.named_parameters(), update_every=EVERY)
     ours = ROUTES[route](sides[1], opt)
@@ -151,44 +152,55 @@ def test_step(benchmark, device, monkeypatch, model, rule, route):
         theirs()
         ours()
     other: list[float] = []
-    measured: list[bool] = []
+    measures: list[bool] = []
 
     def before() -> None:
         other.append(timed(theirs))
-        measured.append(opt.curvature_due)
+        measures.append(opt.curvature_due)
 
     def mine() -> None:
         ours()
         wait()
 
-    benchmark.pedantic(mine, setup=before, rounds=PAIRS, iterations=1)
-    seconds = list(zip(benchmark.stats.stats.data, measured, strict=True))
-    ordinary = [s for s, due in seconds if not due]
-    refresh = [s for s, due in seconds if due]
+    benchmark.pedantic(mine, setup=before, rounds=pairs, iterations=1)
+    seconds = list(zip(benchmark.stats.stats.data, measures, strict=True))
     base = statistics.median(other)
-    extra = (statistics.median(refresh) - statistics.median(ordinary)) / base
-    ratio = statistics.median(ordinary) / base
+    ratio = statistics.median(s for s, due in seconds if not due) / base
+    extra = statistics.median(s for s, due in seconds if due) / base - ratio
     count = refreshes(rule)
+    opt.param_groups[0]["update_every"] = 1
+    with spans(monkeypatch) as found:
+        steps = []
+        for _ in range(5):
+            opt.param_groups[0]["next_refresh"] = 0
+            steps.append(timed(ours))
+    whole = statistics.median(steps) / base
+    parts = {name: statistics.median(times) / base for name, times in found.items()}
+    opt.param_groups[0]["next_refresh"] = 0
+    measuring = peak_bytes(ours, sides[1].model)
+    opt.param_groups[0]["next_refresh"] = 10**9
+    ours()
+    parameters = [p.numel() for p in sides[1].model.parameters()]
     benchmark.extra_info.update(
-        workload=model,
         case=f"{rule}, {route}",
-        parameters=sum(p.numel() for p in sides[1].model.parameters()),
-        tensors=len(list(sides[1].model.parameters())),
+        parameters=sum(parameters),
+        tensors=len(parameters),
         theirs_median=base,
         ratio=ratio,
         ratio_measuring=ratio + extra,
         ratio_mean=ratio + extra * count / STEPS,
         refreshes=count,
         by_interval={interval: ratio + extra / interval for interval in INTERVALS},
+        parts={"forward and backward": whole - sum(parts.values()), **parts},
+        peak_bytes=peak_bytes(ours, sides[1].model),
+        peak_bytes_measuring=measuring,
+        theirs_peak_bytes=peak_bytes(theirs, sides[0].model),
     )
-    opt.param_groups[0]["update_every"] = 1
-    with spans(monkeypatch) as found:
-        for _ in range(5):
-            opt.param_groups[0]["next_refresh"] = 0
-            ours()
-    parts = {name: statistics.median(times) / base for name, times in found.items()}
-    benchmark.extra_info["parts"] = {"forward and backward": ratio + extra - sum(parts.values()), **parts}
-    opt.param_groups[0]["next_refresh"] = 10**9
-    ours()
-    benchmark.extra_info["peak_bytes"] = peak_bytes(ours)
-    benchmark.extra_info["theirs_peak_bytes"] = peak_bytes(theirs)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("model", MODELS)
+def test_step(benchmark, device, monkeypatch, model, rule, route):
+    compare(benchmark, monkeypatch, lambda: MODELS[model](device, full=CUDA), rule, route)
+    benchmark.extra_info["workload"] = model

@@ -17,25 +17,56 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_update_benchmark_and_its_report(tmp_path):
-    out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "pytest", "bench/test_update.py", "-q", "-p", "no:cacheprovider"]
-    command += ["-k", "1000 and SGD and fused and float32 and whole", f"--benchmark-json={out}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run(*command: object) -> str:
+    wide = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300, env=wide
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def benchmarks(out: Path, file: str, choice: str) -> list[dict]:
+    run("-m", "pytest", f"bench/{file}", "-q", "-p", "no:cacheprovider", "-k", choice, f"--benchmark-json={out}")
     content = json.loads(out.read_text())
     assert "node" not in content["machine_info"]
     assert content["machine_info"]["lwas_fast"]["torch"]
-    found = content["benchmarks"]
+    assert content["benchmarks"]
+    return content["benchmarks"]
+
+
+@pytest.mark.parametrize(
+    ("file", "choice"),
+    [("test_update.py", "1000 and SGD and fused and float32 and whole"), ("test_rates.py", "1000 and not momentum")],
+)
+def test_a_benchmark_and_its_report(tmp_path, file, choice):
+    out = tmp_path / "out.json"
+    found = [b for b in benchmarks(out, file, choice) if "ratio" in b["extra_info"]]
+    report = run("bench/report.py", out)
     assert found
     for benchmark in found:
         info = benchmark["extra_info"]
         assert info["ratio"] == pytest.approx(benchmark["stats"]["median"] / info["theirs_median"])
         assert info["tensors"] == 1000
-    wide = os.environ | {"COLUMNS": "200"}
-    report = subprocess.run(
-        [sys.executable, "bench/report.py", out], cwd=ROOT, capture_output=True, text=True, timeout=100, env=wide
-    )
-    assert report.returncode == 0, report.stderr
+        assert f"{info['ratio']:.2f} (" in report
+
+
+@pytest.mark.parametrize(("file", "choice"), [("test_step.py", "MLP and AdamW"), ("test_scaling.py", "256 and AdamW")])
+def test_whole_steps_their_table_and_their_picture(tmp_path, file, choice):
+    """The mean lies between the two kinds of steps that it is made of, as often as the schedule has them."""
+    out = tmp_path / "out.json"
+    found = benchmarks(out, file, choice)
+    report = run("bench/report.py", out)
     for benchmark in found:
-        assert f"{benchmark['extra_info']['ratio']:.2f} (" in report.stdout
+        info = benchmark["extra_info"]
+        share = info["refreshes"] / 500
+        assert info["refreshes"] == 28
+        mean = info["ratio"] + share * (info["ratio_measuring"] - info["ratio"])
+        assert info["ratio_mean"] == pytest.approx(mean)
+        assert info["by_interval"]["1"] == pytest.approx(info["ratio_measuring"])
+        assert f"/ {info['ratio_mean']:.2f}" in report
+        assert set(info["parts"]) == {"forward and backward", "curvature", "rates", "update"}
+        assert info["peak_bytes"] >= 4 * info["parameters"]  # the gradients
+        assert info["peak_bytes"] == pytest.approx(info["theirs_peak_bytes"], rel=0.05)
+    run("bench/draw.py", out, "--out", tmp_path)
+    assert next(tmp_path.glob("*.png")).stat().st_size > 10_000
