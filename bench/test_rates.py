@@ -68,7 +68,7 @@ def test_rates(benchmark, device, workload, dtype, momenta, against, measure):
         if not apart:
             by_foreach(probe, products, group)
         for one, product in apart:
-            fused_rates.refresh([one], [product], [group], apart_plans[one.selection])
+            fused_rates.Launch([one], [product], [group], apart_plans[one.selection]).rows()
 
     apart_plans: dict = {one.selection: {} for one, _ in apart}
     count = sum(p.numel() for p in params)

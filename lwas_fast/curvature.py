@@ -132,23 +132,27 @@ def refuse_cut_graph(outputs: Iterable[Tensor]) -> None:
 
 
 def _products(
-    gradients: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor], keep: bool
+    gradients: Sequence[Tensor | None], params: Sequence[Tensor], vectors: Sequence[Tensor], keep: bool
 ) -> list[Tensor | None]:
     """The Hessian times `vectors`; None for a parameter that the gradient does not depend on."""
     # A gradient that is constant in the parameters (a loss linear in them) has no graph, and its product is zero.
-    live = [(g, v.to(g.dtype)) for g, v in zip(gradients, vectors, strict=True) if g.requires_grad]
+    pairs = zip(gradients, vectors, strict=True)
+    live = [(g, v.to(g.dtype)) for g, v in pairs if g is not None and g.requires_grad]
     if not live:
         return [None] * len(params)
     outputs, weights = zip(*live, strict=True)
     return list(torch.autograd.grad(outputs, params, weights, retain_graph=keep, allow_unused=True))
 
 
-def by_autograd(probes: Sequence[Probe], gradients: Sequence[Sequence[Tensor]], estimator: str) -> list[Products]:
+def by_autograd(
+    probes: Sequence[Probe], gradients: Sequence[Sequence[Tensor | None]], estimator: str
+) -> list[Products]:
     """Take Hessian-vector products by reverse over reverse.
 
     Args:
         probes: What to measure along.
-        gradients: For each probe, the raw gradients of its tensors with their graph, which is released by this.
+        gradients: For each probe, the raw gradients of its tensors with their graph, which is released by this; None
+            where this process's loss has none.
         estimator: "signs" or "joint" (one product on all directions), or "blocks" (one a layer).
 
     Returns:

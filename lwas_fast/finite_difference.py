@@ -39,15 +39,6 @@ class Replay:
             yield
 
 
-def _values(gradient: Tensor) -> Tensor:
-    """A gradient's values, which another evaluation leaves alone: a copy if its memory may be written to by one.
-
-    DDP's gradients may be views of its buckets, another library's of a buffer of its own.
-    """
-    own = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
-    return gradient if own else gradient.clone()
-
-
 @contextmanager
 def _gradients_kept(leaves: Sequence[Tensor], values: dict[Tensor, Tensor]) -> Iterator[None]:
     """Start from no gradients inside, and put the present ones, with these values, back after."""
@@ -58,8 +49,11 @@ def _gradients_kept(leaves: Sequence[Tensor], values: dict[Tensor, Tensor]) -> I
         yield
     finally:
         for leaf, grad in kept:
-            if grad is not None and values[leaf] is not grad:
+            # Its memory may have been written to: gradients may be views of DDP's buckets, or of buffers of others.
+            if grad is not None and 0 not in grad.stride():
                 grad.copy_(values[leaf])
+            elif grad is not None:  # expanded: one number for many elements
+                grad = values[leaf]
             leaf.grad = grad
 
 
@@ -128,7 +122,7 @@ def by_differences(
     eps = _step_lengths(probes, estimator)
     of_tensor = [probe.selection.per_tensor(e) for probe, e in zip(probes, eps, strict=True)]
     found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
-    before = {leaf: _values(leaf.grad) for leaf in leaves if leaf.grad is not None}
+    before = {leaf: leaf.grad.clone() for leaf in leaves if leaf.grad is not None}
     for members in product_passes(probes, estimator):
         moved = [probes[p].selection.params[i] for p, i in members]
         along = [probes[p].vectors.directions[i] for p, i in members]
@@ -149,7 +143,4 @@ def _difference(probe: Probe, i: int, before: dict[Tensor, Tensor]) -> Tensor:
     param, direction = probe.selection.params[i], probe.vectors.directions[i]
     if param.grad is None or param not in before:  # the evaluations differ in more than the weights: no number
         return torch.full_like(direction, torch.nan)
-    after, earlier = param.grad, before[param].to(direction.dtype)
-    if after.dtype == direction.dtype:
-        return after.sub_(earlier)  # nobody else needs it
-    return after.to(direction.dtype) - earlier
+    return param.grad.to(direction.dtype) - before[param].to(direction.dtype)

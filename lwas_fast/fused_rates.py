@@ -7,8 +7,8 @@ copy from pinned memory; nothing comes back, and nothing of them is compiled int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -55,9 +55,9 @@ class Plan:
         device = probes[0].bucket.table.device
         self.layers = np.array([firsts, np.diff([*firsts, len(chunks)]), rows, rows], np.int64).T  # factors to be set
         self.chunks = upload(chunks, torch.int64, device)
-        self.partials = torch.empty(len(chunks), len(Sums), device=device)
+        self.partials = torch.empty(len(chunks), len(Sums), dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(layers, dtype=torch.int32, device=device)
-        self.one = torch.ones((), device=device)
+        self.one = torch.ones((), dtype=torch.float32, device=device)
         self._sent: tuple[bytes, Tensor] | None = None
 
     def send(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
@@ -148,71 +148,100 @@ def _layer_rows(
     return rows
 
 
-def refresh(
-    probes: Sequence[Probe],
-    products: Sequence[Products],
-    groups: Sequence[dict[str, Any]],
-    plans: Plans,
-    average: Callable[[Tensor], Tensor] | None = None,
-    chunk: int | None = None,
-    block: int | None = None,
-) -> Tensor:
-    """Take a measurement of some probes, all of one `launch_key`, into the statistics of their layers, in one launch.
+class Launch:
+    """A measurement of some probes, all of one `launch_key`, laid out for the kernel.
 
     Args:
         probes: What was measured along; tables are float32.
         products: Their products with the Hessian.
         groups: Their hyperparameters.
         plans: Where layouts are kept; to be forgotten with the buckets.
-        average: Takes the sums (L, len(Sums)) of this process to those of all; a second, small launch goes on with
-            them then.
         chunk: Elements that a program sums up. Default: the kernel's own.
         block: Elements that it takes at a time; likewise.
-
-    Returns:
-        (L, len(Column)), the new rows of the probes' layers, one after the other.
     """
-    from lwas_fast.triton_kernels import layer_rates as kernels  # imports Triton
 
-    chunk, block = chunk or kernels.CHUNK, block or kernels.BLOCK
-    plan = _plan(plans, probes, chunk)
-    alive: list[Sequence[Tensor]] = []
-    pairs = list(zip(probes, products, strict=True))
-    tensors = np.array([row for pair in pairs for row in _tensor_rows(*pair, alive)], np.int64)
-    triples = zip(probes, products, groups, strict=True)
-    numbers = np.concatenate([_numbers(*triple) for triple in triples])
-    device, with_gradient, with_momentum = launch_key(probes[0])
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        sent = plan.send([tensors, _layer_rows(probes, products, plan, alive), numbers])
-        rows = torch.empty(len(numbers), len(Column), device=device)
-        out = rows if average is None else torch.empty(len(numbers), len(Sums), device=device)
-        kernels.layer_rates[(len(plan.chunks),)](
-            sent[0],
-            plan.chunks,
-            sent[1],
-            sent[2],
-            plan.partials,
-            plan.arrivals,
-            out,
-            with_gradient=with_gradient,
-            with_momentum=with_momentum,
-            finish=average is None,
-            chunk=chunk,
-            block=block,
-            at_once=kernels.AT_ONCE,
-            num_warps=kernels.WARPS,
-        )
-        if average is not None:
-            kernels.finish_layers[(len(numbers),)](sent[1], sent[2], average(out), rows, num_warps=1)
-    return rows
+    def __init__(
+        self,
+        probes: Sequence[Probe],
+        products: Sequence[Products],
+        groups: Sequence[dict[str, Any]],
+        plans: Plans,
+        chunk: int | None = None,
+        block: int | None = None,
+    ):
+        from lwas_fast.triton_kernels import layer_rates as kernels  # imports Triton
+
+        self._kernels = kernels
+        self._chunk, self._block = chunk or kernels.CHUNK, block or kernels.BLOCK
+        self._plan = _plan(plans, probes, self._chunk)
+        self._alive: list[Sequence[Tensor]] = []
+        pairs = list(zip(probes, products, strict=True))
+        tensors = np.array([row for pair in pairs for row in _tensor_rows(*pair, self._alive)], np.int64)
+        triples = zip(probes, products, groups, strict=True)
+        numbers = np.concatenate([_numbers(*triple) for triple in triples])
+        layers = _layer_rows(probes, products, self._plan, self._alive)
+        self._device, self._with_gradient, self._with_momentum = launch_key(probes[0])
+        self._sent = self._plan.send([tensors, layers, numbers])
+        self._counts = [len(probe.signs) for probe in probes]
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _run(self, columns: int, finish: bool) -> tuple[Tensor, ...]:
+        plan, kernels = self._plan, self._kernels
+        out = torch.empty(len(plan.layers), columns, dtype=torch.float32, device=self._device)
+        with self._on_device():
+            if self._device.type == "cuda":  # the scratch may have been made on another stream
+                for scratch in (*self._sent, plan.chunks, plan.partials, plan.arrivals, plan.one):
+                    scratch.record_stream(torch.cuda.current_stream())
+            kernels.layer_rates[(len(plan.chunks),)](
+                self._sent[0],
+                plan.chunks,
+                self._sent[1],
+                self._sent[2],
+                plan.partials,
+                plan.arrivals,
+                out,
+                with_gradient=self._with_gradient,
+                with_momentum=self._with_momentum,
+                finish=finish,
+                chunk=self._chunk,
+                block=self._block,
+                at_once=kernels.AT_ONCE,
+                num_warps=kernels.WARPS,
+            )
+        return torch.split(out, self._counts)
+
+    def rows(self) -> tuple[Tensor, ...]:
+        """For each probe (S, len(Column)), its layers' new statistics, in one launch."""
+        return self._run(len(Column), finish=True)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """For each probe (S, len(Sums)), where the launch stops in a distributed run."""
+        return self._run(len(Sums), finish=False)
+
+    def finish(self, sums: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Go on from `sums`, averaged over the replicas, to what `rows` gives, in a second, small launch."""
+        rows = torch.empty(len(self._plan.layers), len(Column), dtype=torch.float32, device=self._device)
+        with self._on_device():
+            self._kernels.finish_layers[(len(rows),)](*self._sent[1:], torch.cat(list(sums)), rows, num_warps=1)
+        return torch.split(rows, self._counts)
 
 
 def trial(device: torch.device) -> None:
-    """Compile and launch the smaller kernel once, on nothing; raises whatever Triton has to say."""
+    """Compile and launch the kernels once, on nothing; raises whatever Triton has to say."""
     from lwas_fast.triton_kernels import layer_rates as kernels
 
-    row = torch.zeros(1, len(Column), device=device)
-    layers = upload([[0, 0, row.data_ptr(), 0]], torch.int64, device)
-    numbers, sums = torch.zeros(1, len(kernels.Numbers), device=device), torch.zeros(1, len(Sums), device=device)
-    with torch.cuda.device(device):
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    row, number = zeros(1, len(Column)), zeros()
+    layers = upload([[0, 1, row.data_ptr(), number.data_ptr()]], torch.int64, device)
+    tensors = upload([[number.data_ptr()] * kernels.Tensors.KIND + [0]], torch.int64, device)
+    numbers, sums = zeros(1, len(kernels.Numbers)), zeros(1, len(Sums))
+    chunks, arrivals = zeros(1, len(kernels.Chunks), dtype=torch.int64), zeros(1, dtype=torch.int32)
+    flags = {"with_gradient": True, "with_momentum": True, "finish": True, "num_warps": kernels.WARPS}
+    sizes = {"chunk": kernels.CHUNK, "block": kernels.BLOCK, "at_once": kernels.AT_ONCE}
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernels.layer_rates[(1,)](tensors, chunks, layers, numbers, sums, arrivals, row, **flags, **sizes)
         kernels.finish_layers[(1,)](layers, numbers, sums, row, num_warps=1)

@@ -31,7 +31,7 @@ def squared_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers (nested lists or an array) as a tensor on a device, without waiting for it."""
-    tensor = torch.as_tensor(values, dtype=dtype)
+    tensor = torch.as_tensor(values, dtype=dtype, device="cpu")  # whatever torch.set_default_device says
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -174,7 +174,7 @@ class Bucket:
         elements = upload([sum(self.params[indices[n]].numel() for n in m) for m in members], torch.int64, device)
         contiguous = rows == list(range(rows[0], rows[-1] + 1))
         which = slice(rows[0], rows[-1] + 1) if contiguous else upload(rows, torch.int64, device)
-        where = torch.tensor([[self.row[i], i] for i in indices])
+        where = torch.tensor([[self.row[i], i] for i in indices], device="cpu")
         params = [self.params[i] for i in indices]
         return Selection(indices, params, which, layer, index, elements, where, self.table.dtype)
 

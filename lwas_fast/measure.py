@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from lwas_fast import groups
+from lwas_fast import distributed, groups
 from lwas_fast.curvature import Probe, Products, Vectors, by_autograd, draw_signs, leaves_of, refuse_cut_graph
-from lwas_fast.errors import CurvatureError, explain
+from lwas_fast.errors import explain
 from lwas_fast.finite_difference import Replay, by_differences
 from lwas_fast.layers import Bucket, Selection, state_dtype
 from lwas_fast.profiling import span
 from lwas_fast.refresh import refreshed
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from lwas_fast.optimizer import LayerwiseOptimizer
 
 
@@ -39,7 +42,13 @@ def _scalar(loss: object, what: str) -> Tensor:
     return loss
 
 
-def backward(opt: LayerwiseOptimizer, loss: Tensor | Callable[[], Tensor], due: bool, scaler: Any) -> Tensor:
+def backward(
+    opt: LayerwiseOptimizer,
+    loss: Tensor | Callable[[], Tensor],
+    due: bool,
+    scaler: Any,
+    ddp: DistributedDataParallel | None,
+) -> Tensor:
     """Do what `LayerwiseOptimizer.backward` says; `due` says whether to measure.
 
     Returns:
@@ -66,7 +75,8 @@ def backward(opt: LayerwiseOptimizer, loss: Tensor | Callable[[], Tensor], due: 
         value = _differences_of(opt, forward, scaler)
     else:
         value, scaled = forward()
-        opt._measured = _autograd(opt, scaled, _scale(value, scaler, opt._micro_batches))
+        distributed.check(ddp)
+        opt._measured = _autograd(opt, scaled, _scale(value, scaler, opt._micro_batches), ddp)
     return value.detach()
 
 
@@ -126,19 +136,14 @@ def _probe(
 
 
 def _result(
-    opt: LayerwiseOptimizer, probes: list[Probe], products: list[Products], over_replicas: bool = False
+    opt: LayerwiseOptimizer, probes: list[Probe], products: list[Products], replicas: ProcessGroup | None = None
 ) -> Measured:
     groups = [opt.param_groups[probe.bucket.group] for probe in probes]
     with torch.no_grad(), span("rates"):
-        rows = refreshed(probes, products, groups, opt._plans, over_replicas)
+        rows = refreshed(probes, products, groups, opt._plans, replicas)
     return Measured(
         [n for n, group in enumerate(opt.param_groups) if opt._due(group)], list(zip(probes, rows, strict=True))
     )
-
-
-def _replicas() -> int:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there else 1
 
 
 def _accumulate(graph: dict[Tensor, Tensor]) -> None:
@@ -153,21 +158,11 @@ def _accumulate(graph: dict[Tensor, Tensor]) -> None:
             hook(leaf)
 
 
-def _accumulate_over_replicas(graph: dict[Tensor, Tensor]) -> None:
-    """Give each leaf its gradient by way of its AccumulateGrad node, where DistributedDataParallel waits for it."""
-    if hooked := [leaf for leaf in graph if leaf._backward_hooks]:
-        raise CurvatureError(
-            f"a parameter of shape {tuple(hooked[0].shape)} has a gradient hook (register_hook), which would run twice "
-            "in a distributed run: use register_post_accumulate_grad_hook, or opt.step(closure) with PyTorch's usual "
-            "closure"
-        )
-    torch.autograd.backward(list(graph), [gradient.detach() for gradient in graph.values()])
-
-
-def _autograd(opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float) -> Measured:
+def _autograd(
+    opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float, ddp: DistributedDataParallel | None
+) -> Measured:
     """Gradient and curvature from one graph; gradients are accumulated as ``loss.backward()`` would."""
     leaves = leaves_of(loss)
-    replicated = _replicas() > 1
     try:
         refuse_cut_graph([loss])
         found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
@@ -175,24 +170,24 @@ def _autograd(opt: LayerwiseOptimizer, loss: Tensor, scale: Tensor | float) -> M
         del found
         refuse_cut_graph(graph.values())
         groups.check_dense(opt.param_groups, graph.get)
-        if replicated:
+        gradients, of_gradients = graph, scale
+        if ddp is not None:
             # Directions must be equal on all replicas: they are those of the averaged gradient, of the whole window.
-            _accumulate_over_replicas(graph)
-            gradients = {leaf: leaf.grad for leaf in graph if leaf.grad is not None}
+            distributed.accumulate(graph)
+            params = [p for group in opt.param_groups for p in group["params"]]
+            gradients = {p: p.grad for p in params if p.grad is not None}  # perhaps from other replicas alone
+            of_gradients = scale / (opt._micro_batches + 1)
         with span("curvature"):
-            if replicated:
-                probes = _probes(opt, gradients, scale / (opt._micro_batches + 1), scale)
-            else:
-                probes = _probes(opt, graph, scale, scale)
-            ours = [[graph[p] for p in probe.selection.params] for probe in probes]
+            probes = _probes(opt, gradients, of_gradients, scale)
+            ours = [[graph.get(p) for p in probe.selection.params] for probe in probes]
             products = by_autograd(probes, ours, opt._whole["curvature"])
     except RuntimeError as error:
         if (explained := explain(error)) is not None:
             raise explained from error
         raise
-    if not replicated:
+    if ddp is None:
         _accumulate(graph)
-    return _result(opt, probes, products, replicated)
+    return _result(opt, probes, products, None if ddp is None else ddp.process_group)
 
 
 def _by_differences(
@@ -211,6 +206,8 @@ def _by_differences(
 
 
 def _differences_of(opt: LayerwiseOptimizer, forward: Callable[[], tuple[Tensor, Tensor]], scaler: Any) -> Tensor:
+    if opt._micro_batches > 0:
+        distributed.refuse_accumulation()
     params = [p for group in opt.param_groups for p in group["params"]]
     replay = Replay(params)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lwas_fast import backends, checkpoint, fused_rates, groups, measure, options, rates
@@ -155,7 +156,14 @@ class LayerwiseOptimizer(Optimizer):
 
     # ---- backward -----------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor | Callable[[], Tensor], *, last: bool = True, scaler: Any = None) -> Tensor:
+    def backward(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        *,
+        last: bool = True,
+        scaler: Any = None,
+        ddp: DistributedDataParallel | None = None,
+    ) -> Tensor:
         """``loss.backward()``, and the curvature pass when one is due.
 
         Gradient accumulation: pass ``last=False`` for every micro-batch but the last. The refresh happens on the last
@@ -169,6 +177,8 @@ class LayerwiseOptimizer(Optimizer):
                 because it evaluates the loss twice.
             last: Whether `step` comes next.
             scaler: A ``torch.amp.GradScaler``; the loss is scaled by it here (do not scale it yourself).
+            ddp: In a distributed run, the module that averages the gradients. Measurements are averaged over its
+                process group too, a few numbers a layer. With accumulated gradients they go along the whole window's.
 
         Returns:
             The loss, without its graph.
@@ -186,7 +196,7 @@ class LayerwiseOptimizer(Optimizer):
             )
         if self._complete:  # gradients were dropped behind our back (model.zero_grad(), GradScaler): a new window
             self._close_window()
-        value = measure.backward(self, loss, last and self.curvature_due, scaler)
+        value = measure.backward(self, loss, last and self.curvature_due, scaler, ddp)
         self._micro_batches += 1
         self._complete = last
         return value
@@ -237,10 +247,14 @@ class LayerwiseOptimizer(Optimizer):
         self._measured = None  # once, even if the update fails
         for probe, rows in measured.rows:
             probe.bucket.table[probe.selection.rows] = rows
+        measured_groups = {probe.bucket.group for probe, _ in measured.rows}
         for number in measured.groups:
             group = self.param_groups[number]
-            group["last_refresh"] = group["steps"]
-            group["next_refresh"] = group["steps"] + rates.interval(group)
+            if number in measured_groups:
+                group["last_refresh"] = group["steps"]
+                group["next_refresh"] = group["steps"] + rates.interval(group)
+            else:  # nothing of it had a gradient: due again once it has taken a step
+                group["next_refresh"] = group["steps"] + 1
 
     def _update(self, bucket: Bucket, group: dict[str, Any], present: list[int], implementation: str) -> None:
         if implementation == "single":
@@ -342,6 +356,7 @@ class LayerwiseOptimizer(Optimizer):
         for group in self.param_groups:
             for name in options.RULES.keys() & self.defaults.keys():  # torch's __setstate__ adds defaults of its own
                 group.setdefault(name, self.defaults[name])
+            group.setdefault("last_refresh", None)
         if loading is not None:
             checkpoint.fit_state(self.param_groups, self.state, loading)
         self._reset()

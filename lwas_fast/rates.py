@@ -56,7 +56,8 @@ def interval(group: dict[str, Any]) -> int:
     """Steps from a refresh now to the next: fixed, or a tenth of those since warm-up, in bounds."""
     fixed: int | None = group["update_every"]
     least, most = INTERVALS
-    return fixed or min(max(least, int(group["steps"] - group["warmup_steps"]) // 10), most)
+    by_age = min(max(least, int(group["steps"] - group["warmup_steps"]) // 10), most)
+    return by_age if fixed is None else fixed
 
 
 def memory(group: dict[str, Any]) -> float:

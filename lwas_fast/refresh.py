@@ -6,17 +6,20 @@ replicas before they are taken into the statistics: four numbers a layer travel,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lwas_fast import backends, fused_rates, rates
+from lwas_fast import backends, distributed, fused_rates, rates
 from lwas_fast.curvature import Probe, Products
 from lwas_fast.layers import upload
 from lwas_fast.rates import Sums
 from lwas_fast.update import bias_correction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Groups = Sequence[dict[str, Any]]
 
@@ -71,17 +74,12 @@ def layer_sums(probe: Probe, products: Products) -> Tensor:
     return sums
 
 
-def _average_over_replicas(sums: Tensor) -> Tensor:
-    torch.distributed.all_reduce(sums)
-    return sums / torch.distributed.get_world_size()
-
-
 def refreshed(
     probes: Sequence[Probe],
     products: Sequence[Products],
     groups: Groups,
     plans: fused_rates.Plans,
-    over_replicas: bool = False,
+    replicas: ProcessGroup | None = None,
 ) -> list[Tensor]:
     """Take a measurement into the statistics of its layers.
 
@@ -90,22 +88,34 @@ def refreshed(
         products: For each probe, the Hessian times its directions.
         groups: For each probe, the hyperparameters.
         plans: Where the single launch keeps what it has laid out once.
-        over_replicas: Whether each replica of a distributed run brings products of its own, to be averaged.
+        replicas: The processes whose products, each of its share of the batch, are to be averaged.
 
     Returns:
         For each probe (S, len(Column)), what its selection's rows of statistics are to become.
     """
-    average: Callable[[Tensor], Tensor] | None = _average_over_replicas if over_replicas else None
-    found: dict[int, Tensor] = {}
-    together: dict[tuple[Any, ...], list[int]] = {}
+    together: dict[Any, list[int]] = {}
+    apart: list[int] = []
     for p, (probe, group) in enumerate(zip(probes, groups, strict=True)):
         if backends.rates_implementation(group, probe.bucket) == "triton":
             together.setdefault(fused_rates.launch_key(probe), []).append(p)
-            continue
-        sums = layer_sums(probe, products[p])
-        found[p] = rates.refresh(probe.rows, sums if average is None else average(sums), group)
+        else:
+            apart.append(p)
+    launches = []
     for members in together.values():
-        mine = [probes[p] for p in members]
-        rows = fused_rates.refresh(mine, [products[p] for p in members], [groups[p] for p in members], plans, average)
-        found.update(zip(members, torch.split(rows, [len(probe.signs) for probe in mine]), strict=True))
+        mine, theirs, options = ([x[p] for p in members] for x in (probes, products, groups))
+        launches.append((members, fused_rates.Launch(mine, theirs, options, plans)))  # type: ignore[arg-type]
+    if replicas is None:
+        found = {p: rates.refresh(probes[p].rows, layer_sums(probes[p], products[p]), groups[p]) for p in apart}
+        for members, launch in launches:
+            found.update(zip(members, launch.rows(), strict=True))
+        return [found[p] for p in range(len(probes))]
+
+    sums = {p: layer_sums(probes[p], products[p]) for p in apart}
+    for members, launch in launches:
+        sums.update(zip(members, launch.sums(), strict=True))
+    # In the order of probes, which is the same on all replicas, whatever serves them.
+    averaged = distributed.average([sums[p] for p in range(len(probes))], replicas) if probes else []
+    found = {p: rates.refresh(probes[p].rows, averaged[p], groups[p]) for p in apart}
+    for members, launch in launches:
+        found.update(zip(members, launch.finish([averaged[p] for p in members]), strict=True))
     return [found[p] for p in range(len(probes))]

@@ -45,46 +45,46 @@ def test_compiled_module():
 
 def train_with(how, opt, model, batch):
     """One step: PyTorch's closure; autograd; or autograd on the second half after accumulating the first."""
-    if how == "closure":
+    if how.startswith("closure"):
         opt.step(usual(opt, model, batch))
         return
+    ddp = model if isinstance(model, DistributedDataParallel) else None
     x, y = batch
     parts = [(x[0::2], y[0::2]), (x[1::2], y[1::2])] if how == "accumulated" else [batch]
     opt.zero_grad()
     for part in parts:
         last = part is parts[-1]
-        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
-            opt.backward(loss_of(model, part) / len(parts), last=last)
+        with nullcontext() if last or ddp is None else ddp.no_sync():
+            opt.backward(loss_of(model, part) / len(parts), last=last, ddp=ddp)
     opt.step()
 
 
-def _replica(rank: int, store: str, result: str, how: str) -> None:
+def _join(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+
+def _replica(rank: int, store: str, result: str, how: str) -> None:
+    _join(rank, store)
     model = small_net()
-    parallel = DistributedDataParallel(model)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view="views" in how)
     opt = AdamWLW(model.named_parameters(), update_every=2)
     for x, y in batches(6):
         half = slice(8 * rank, 8 * rank + 8)
         train_with(how, opt, parallel, (x[half], y[half]))
     torch.save((model.state_dict(), opt.rates()), f"{result}{rank}")
-    if how == "autograd":
-        opt.zero_grad()
-        model[0].weight.register_hook(lambda grad: 2 * grad)
-        try:
-            opt.backward(loss_of(parallel, (x[half], y[half])))
-        except CurvatureError as error:
-            assert "opt.step(closure)" in str(error)
-        else:
-            raise AssertionError("backward must refuse a hook that would run twice")
-        assert all(p.grad is None for p in model.parameters())
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("how", ["closure", "autograd"])
+def spawned(tmp_path, worker, *arguments):
+    """Run two replicas; return what each has saved."""
+    torch.multiprocessing.spawn(worker, (str(tmp_path / "store"), str(tmp_path / "result"), *arguments), nprocs=2)
+    return [torch.load(tmp_path / f"result{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("how", ["closure", "closure, bucket views", "autograd", "autograd, bucket views"])
 def test_two_replicas_equal_one_process_on_the_joint_batch(tmp_path, how):
-    torch.multiprocessing.spawn(_replica, (str(tmp_path / "store"), str(tmp_path / "result"), how), nprocs=2)
-    (one, rates), (two, same) = (torch.load(tmp_path / f"result{rank}") for rank in (0, 1))
+    (one, rates), (two, same) = spawned(tmp_path, _replica, how)
     assert rates == same
     model: nn.Module = small_net()
     opt = AdamWLW(model.named_parameters(), update_every=2)
@@ -93,12 +93,81 @@ def test_two_replicas_equal_one_process_on_the_joint_batch(tmp_path, how):
     for name, value in model.state_dict().items():
         assert torch.equal(one[name], two[name])
         torch.testing.assert_close(one[name], value, rtol=1e-6, atol=1e-8)
+    for name, rate in opt.rates().items():
+        assert rates[name] == pytest.approx(rate, rel=1e-5)
 
 
 def test_replicas_that_accumulate_stay_alike(tmp_path):
     """Their probe goes along the whole window's gradient, not, as in one process, along its last part's."""
-    store, result = str(tmp_path / "store"), str(tmp_path / "result")
-    torch.multiprocessing.spawn(_replica, (store, result, "accumulated"), nprocs=2)
-    (one, rates), (two, same) = (torch.load(tmp_path / f"result{rank}") for rank in (0, 1))
+    (one, rates), (two, same) = spawned(tmp_path, _replica, "accumulated")
     assert rates == same and all(rate > 0 for rate in rates.values())
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+class Branches(nn.Module):
+    """Two branches, of which each replica takes its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(3, 4, dtype=torch.float64)
+        self.branches = nn.ModuleList(nn.Linear(4, 1, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x, which):
+        return self.branches[which](torch.tanh(self.body(x))).square().mean()
+
+
+def _branch(rank: int, store: str, result: str) -> None:
+    _join(rank, store)
+    model = Branches()
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    opt = AdamWLW(model.named_parameters(), update_every=1)
+    torch.manual_seed(rank)
+    for _ in range(4):
+        opt.zero_grad()
+        opt.backward(parallel(torch.randn(5, 3, dtype=torch.float64), rank), ddp=parallel)
+        opt.step()
+    torch.save((model.state_dict(), opt.diagnostics()), f"{result}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_parameter_that_one_replica_does_not_use(tmp_path):
+    (one, found), (two, same) = spawned(tmp_path, _branch)
+    assert found == same and len(found) == 3
+    assert all(row["refreshes"] == 4 and row["curvature"] != 0 for row in found.values())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def _refusals(rank: int, store: str, result: str) -> None:
+    _join(rank, store)
+    model, (batch,) = small_net(), batches(1)
+    said = []
+
+    def refused(opt, loss, **keywords):
+        with pytest.raises(CurvatureError) as error:
+            opt.backward(loss, **keywords)
+        said.append(str(error.value))
+
+    parallel = DistributedDataParallel(model, static_graph=True)
+    opt = AdamWLW(model.named_parameters())
+    refused(opt, loss_of(model, batch))
+    refused(opt, loss_of(model, batch), ddp=parallel)
+    with pytest.raises(TypeError, match="DistributedDataParallel module"):
+        opt.backward(loss_of(model, batch), ddp=model)
+    assert all(p.grad is None for p in model.parameters())
+    differences = AdamWLW(model.named_parameters(), hvp="finite_difference")
+    differences.backward(lambda: loss_of(model, batch), last=False)
+    refused(differences, lambda: loss_of(model, batch))
+    other = small_net()
+    other[0].weight.register_hook(lambda grad: 2 * grad)
+    parallel = DistributedDataParallel(other)
+    refused(AdamWLW(other.named_parameters()), loss_of(parallel, batch), ddp=parallel)
+    assert all(p.grad is None for p in other.parameters())
+    torch.save(said, f"{result}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_what_would_let_replicas_drift_apart_is_refused(tmp_path):
+    said, _ = spawned(tmp_path, _refusals)
+    for message, words in zip(said, ("ddp=model", "static_graph", "autograd", "register_hook"), strict=True):
+        assert words in message and "opt.step(closure)" in message

@@ -240,3 +240,38 @@ def test_sparse_gradients_are_refused_by_name():
     model(torch.tensor([1, 2])).square().sum().backward()
     with pytest.raises(TypeError, match="weight.*sparse=False"):
         opt.step()
+
+
+@pytest.mark.parametrize("how", ["flat buffer", "own buffers", "expanded", "in place"])
+def test_gradients_in_memory_of_the_users_own(how):
+    """A second evaluation that writes where the first has: the curvature and the gradient are the same all the same."""
+    found = []
+    for special in (False, True):
+        model, batch = small_net(), batches(1)[0]
+        params = list(model.parameters())
+        flat = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
+        views = [v.view_as(p) for v, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
+        buffers = views if how == "flat buffer" else [torch.zeros_like(p) for p in params]
+        opt = SGDLW(model.named_parameters(), update_every=1, momentum=0.0)
+
+        def closure(model=model, batch=batch, params=params, buffers=buffers, special=special, opt=opt):
+            opt.zero_grad(set_to_none=not (special and how == "in place"))
+            loss = loss_of(model, batch)
+            if how == "expanded":
+                loss = loss + 0 * sum(p.sum() for p in params)
+            gradients = torch.autograd.grad(loss, params)
+            for p, g, buffer in zip(params, gradients, buffers, strict=True):
+                if how == "expanded" and p.dim() == 1:
+                    g = g.mean().expand_as(g)
+                    p.grad = g if special else g.clone()
+                elif special and how == "in place" and p.grad is not None:
+                    p.grad += g
+                else:
+                    p.grad = buffer.copy_(g) if special and "buffer" in how else g.clone()
+            return loss.detach()
+
+        for _ in range(2):
+            opt.step(closure)
+        found.append([*layer_vectors(model), torch.tensor([r["curvature"] for r in opt.diagnostics().values()])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

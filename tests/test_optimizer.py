@@ -297,3 +297,27 @@ def test_the_default_schedule_follows_the_reference():
         opt.step()
     assert opt.diagnostics()["param0"]["refreshes"] == ref.events[0]["refreshes"] == 21
     torch.testing.assert_close(weight.detach(), ref.W[0], rtol=1e-9, atol=1e-11)
+
+
+def test_a_group_without_gradients_is_measured_as_soon_as_it_has_taken_a_step():
+    body, head = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    opt = SGDLW([{"params": [body]}, {"params": [head]}])
+    for step in range(4):
+        opt.zero_grad()
+        opt.backward(body.square().sum() if step < 2 else (body * head).square().sum())
+        opt.step()
+    refreshes = {name: row["refreshes"] for name, row in opt.diagnostics().items()}
+    assert refreshes == {"param0": 1, "param1": 1}
+    assert [group["steps"] for group in opt.param_groups] == [4, 2]
+
+
+def test_a_state_from_before_last_refresh_was_kept():
+    model, data = small_net(), batches(4)
+    opt = AdamWLW(model.named_parameters(), update_every=2)
+    train(opt, model, data)
+    state = opt.state_dict()
+    del state["param_groups"][0]["last_refresh"]
+    fresh = AdamWLW(model.named_parameters(), update_every=2)
+    fresh.load_state_dict(state)
+    train(fresh, model, data)
+    assert all(row["refreshes"] == 4 for row in fresh.diagnostics().values())

@@ -128,11 +128,13 @@ class Problem:
         if len(diagonal) < 3000:
             ref._refresh(g, torch.diag(diagonal), self.signs)
 
-    def refresh(self, implementation, probe, products, plans, **kwargs):
+    def refresh(self, implementation, probe, products, plans, average=None):
         group = self.opt.param_groups[0]
         if implementation == "torch":
             return rates.refresh(probe.rows, layer_sums(probe, products), group)
-        return fused_rates.refresh([probe], [products], [group], plans, chunk=CHUNK, block=BLOCK, **kwargs)
+        launch = fused_rates.Launch([probe], [products], [group], plans, chunk=CHUNK, block=BLOCK)
+        (found,) = launch.rows() if average is None else launch.finish(average(launch.sums()))
+        return found
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -245,7 +247,7 @@ def test_sums_that_go_by_way_of_all_replicas_give_the_same_rows():
         probe, products = problem.measure()
         at_once = problem.refresh("triton", probe, products, plans)
         apart = problem.refresh(
-            "triton", probe, products, plans, average=lambda sums, seen=seen: seen.append(sums) or sums
+            "triton", probe, products, plans, average=lambda sums, seen=seen: seen.extend(sums) or sums
         )
         assert torch.equal(at_once, apart)
         expected = layer_sums(probe, products)
@@ -297,3 +299,22 @@ def test_training_is_the_same(kind, name, how, monkeypatch):
     rtol, atol = (1e-5, 1e-6) if how == "autograd" else (5e-4, 1e-5)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+
+
+def test_another_default_dtype_changes_nothing():
+    pytest.importorskip("triton")
+    found = []
+    for default in (torch.float32, torch.float64, torch.bfloat16):
+        problem = Problem(CASES["noise_factor"])
+        probe, products = problem.measure()
+        torch.set_default_dtype(default)
+        try:
+            found.append(problem.refresh("triton", probe, products, {}))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_the_trial_runs_both_kernels():
+    pytest.importorskip("triton")
+    fused_rates.trial(torch.device(DEVICE))

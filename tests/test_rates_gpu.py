@@ -21,7 +21,8 @@ VGG16 = tuple(((width, 3 * 8, 9), (width,)) for width in (64, 64, 128, 128, *[25
 
 def launch(problem, probe, products, plans):
     """With the kernel's own chunks, as in training."""
-    return fused_rates.refresh([probe], [products], [problem.opt.param_groups[0]], plans)
+    (rows,) = fused_rates.Launch([probe], [products], [problem.opt.param_groups[0]], plans).rows()
+    return rows
 
 
 def kernels_of(profile):
@@ -85,15 +86,13 @@ def test_a_number_next_to_fifty_million_and_124_million_in_all():
     problem = Problem(Case(layers=tuple((s,) for s in sizes), options={"noise_exponent": 0.5}))
     probe, products = problem.measure()
     probe.vectors.momenta[1].normal_(mean=0.01)
-    seen = []
-    args = ([probe], [products], [problem.opt.param_groups[0]], {})
-    fused_rates.refresh(*args, average=lambda sums: seen.append(sums) or sums)
+    (sums,) = fused_rates.Launch([probe], [products], [problem.opt.param_groups[0]], {}).sums()
     for row, (g, d, u, m) in enumerate(zip(*probe.vectors[:2], products.tensors, probe.vectors.momenta, strict=True)):
         correction = 1 - 0.9**problem.case.steps
         sign = problem.signs[row]
         for column, (other, factor) in enumerate([(g, -sign), (u, 1.0), (d, 1.0), (m, -sign / correction)]):
             terms = d.double() * other.double() * factor
-            assert abs(seen[0][row, column].item() - terms.sum().item()) <= 1e-6 * terms.abs().sum().item()
+            assert abs(sums[row, column].item() - terms.sum().item()) <= 1e-6 * terms.abs().sum().item()
 
 
 def test_more_elements_than_32_bits_count():
@@ -107,7 +106,5 @@ def test_more_elements_than_32_bits_count():
     direction[-4099:] = 1.0
     product = torch.ones(count, dtype=torch.bfloat16, device="cuda")
     probe = Probe(bucket, bucket.select([0]), Vectors([product], [direction], None), [1.0], 1.0, 0.9)
-    seen = []
-    args = ([probe], [Products([product], 0.5)], opt.param_groups, {})
-    fused_rates.refresh(*args, average=lambda sums: seen.append(sums) or sums)
-    assert seen[0][0, :3].tolist() == [-4099.0, 4099.0 / 2, 4099.0]
+    (sums,) = fused_rates.Launch([probe], [Products([product], 0.5)], opt.param_groups, {}).sums()
+    assert sums[0, :3].tolist() == [-4099.0, 4099.0 / 2, 4099.0]

@@ -1,0 +1,82 @@
+"""Measurements in a run of several replicas under DistributedDataParallel.
+
+The gradient's graph is this process's; the gradient itself is to be the replicas' average, which DDP takes when the
+parameters' AccumulateGrad nodes are reached. So a gradient that was taken apart from ``backward`` is handed to them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lwas_fast.errors import CurvatureError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_CLOSURE = "or use opt.step(closure) with PyTorch's usual closure"
+
+
+def _replicas() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
+def check(ddp: DistributedDataParallel | None) -> None:
+    """Refuse to measure by autograd where replicas would drift apart. Nothing has been changed by then.
+
+    Raises:
+        TypeError: `ddp` is something else.
+        CurvatureError: A distributed run without `ddp`, or DDP in a mode that does not work.
+    """
+    if ddp is None:
+        if _replicas() > 1:
+            raise CurvatureError(
+                "in a distributed run opt.backward must know what averages the gradients: write "
+                f"opt.backward(loss, ddp=model), with model the DistributedDataParallel, {_CLOSURE}"
+            )
+    elif not isinstance(ddp, DistributedDataParallel):
+        raise TypeError(f"ddp= must be the DistributedDataParallel module, not {type(ddp).__name__}")
+    elif ddp.static_graph:
+        raise CurvatureError(
+            f"DistributedDataParallel's static_graph=True cannot be measured: leave it out, {_CLOSURE}"
+        )
+
+
+def refuse_accumulation() -> None:
+    """Refuse differences of gradients on the last of several micro-batches: DDP would average that one alone.
+
+    Raises:
+        CurvatureError: A distributed run.
+    """
+    if _replicas() > 1:
+        raise CurvatureError(
+            'in a distributed run hvp="finite_difference" cannot measure with accumulated gradients: use '
+            'hvp="autograd", or accumulate within the closure of opt.step(closure)'
+        )
+
+
+def accumulate(graph: dict[Tensor, Tensor]) -> None:
+    """Give each leaf its gradient by way of its AccumulateGrad node, where DDP waits for it.
+
+    Raises:
+        CurvatureError: A gradient hook, which would run a second time. No gradient has been touched.
+    """
+    if hooked := [leaf for leaf in graph if leaf._backward_hooks]:
+        raise CurvatureError(
+            f"a parameter of shape {tuple(hooked[0].shape)} has a gradient hook (register_hook), which would run twice "
+            f"in a distributed run: use register_post_accumulate_grad_hook, {_CLOSURE}"
+        )
+    torch.autograd.backward(list(graph), [gradient.detach() for gradient in graph.values()])
+
+
+def average(sums: list[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Average tensors over the replicas, in one message."""
+    flat = torch.cat([s.flatten().to(sums[0].device) for s in sums])
+    torch.distributed.all_reduce(flat, group=group)
+    flat /= torch.distributed.get_world_size(group)
+    parts = torch.split(flat, [s.numel() for s in sums])
+    return [part.view_as(s).to(s) for part, s in zip(parts, sums, strict=True)]
