@@ -1,0 +1,154 @@
+"""The models of the training-quality suite that neither the demo nor bench/models.py has.
+
+Attention is written out: the fused kinds have no second derivative, which measuring the curvature needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def mlp(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers of these widths with ReLU between them, on flattened inputs."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def autoencoder(widths: Sequence[int]) -> nn.Sequential:
+    """Tanh layers down to a linear code and, mirrored, back up to linear outputs, on flattened inputs."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    both = [*widths, *reversed(widths[:-1])]
+    for i, (before, after) in enumerate(zip(both[:-1], both[1:], strict=True)):
+        layers.append(nn.Linear(before, after))
+        if i not in (len(widths) - 2, len(both) - 2):  # the code, the output
+            layers.append(nn.Tanh())
+    return nn.Sequential(*layers)
+
+
+def vgg11(scale: int) -> nn.Sequential:
+    """VGG11 without BatchNorm for 32x32 pixels and 10 classes, its widths divided by `scale`."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
+        if width:
+            layers += [nn.Conv2d(channels, width // scale, 3, padding=1), nn.ReLU()]
+            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # torch's default fades over 8 layers
+            channels = width // scale
+        else:
+            layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 10))
+
+
+class BasicBlock(nn.Module):
+    """ResNet's block of two convolutions."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
+        )  # fmt: skip
+        down = [nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)]
+        self.down = nn.Identity() if channels == width and stride == 1 else nn.Sequential(*down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.down(x))
+
+
+def resnet(width: int, blocks: int) -> nn.Sequential:
+    """ResNet for 32x32 pixels and 10 classes: three stages of `blocks` blocks, of 1, 2 and 4 times `width` channels."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    channels = width
+    for stage in range(3):
+        for block in range(blocks):
+            layers.append(BasicBlock(channels, width * 2**stage, 2 if stage and not block else 1))
+            channels = width * 2**stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+class Block(nn.Module):
+    """A transformer's block: attention and an MLP, each after a LayerNorm."""
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if self.causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class CharTransformer(nn.Module):
+    """A causal transformer over characters, its output tied to the embedding."""
+
+    def __init__(self, vocabulary: int, length: int, width: int, depth: int, heads: int):
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        for table in (self.token, self.position):
+            nn.init.normal_(table.weight, std=0.02)  # GPT-2's: at torch's 1 the tied output starts far off
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x) + self.position.weight[: x.shape[1]]
+        return F.linear(self.norm(self.blocks(h)), self.token.weight)
+
+
+class ViT(nn.Module):
+    """A vision transformer for 32x32 pixels and 10 classes, which averages over its patches."""
+
+    def __init__(self, patch: int, width: int, depth: int, heads: int):
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, patch, patch)
+        self.position = nn.Parameter(0.02 * torch.randn((32 // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(depth)))
+        self.norm, self.output = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        return self.output(self.norm(self.blocks(h)).mean(1))
+
+
+class CharLSTM(nn.Module):
+    """One LSTM layer over characters."""
+
+    def __init__(self, vocabulary: int, width: int):
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.output = nn.Linear(width, vocabulary)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=False):  # cuDNN's recurrent layers have no second derivative
+            return self.output(self.lstm(self.token(x))[0])
+
+
+class GCN(nn.Module):
+    """Two graph convolutions with dropout before each; the graph is a buffer, dense and normalised."""
+
+    def __init__(self, graph: Tensor, features: int, width: int, classes: int, dropout: float = 0.5):
+        super().__init__()
+        self.register_buffer("graph", graph, persistent=False)
+        self.hidden, self.output, self.dropout = nn.Linear(features, width), nn.Linear(width, classes), dropout
+        for layer in (self.hidden, self.output):  # as the GCN's authors initialise
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(x, self.dropout, self.training)
+        h = F.relu(self.graph @ self.hidden(h))
+        return self.graph @ self.output(F.dropout(h, self.dropout, self.training))

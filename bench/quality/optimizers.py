@@ -1,0 +1,186 @@
+"""The optimizers by name, all driven alike: ours, torch's, and those of other packages where they are installed.
+
+A name may carry options: `adamwlw:noise_exponent=0.25` or `adamw:lr=1e-3,schedule=cosine`. What is not given has the
+package's default, but for the weight decay, which is the task's. AdaHessian, Sophia-H, Shampoo and Schedule-Free have a
+rate, `lr`, whose default was made for other tasks; DoG is judged by its last weights, not by its authors' average.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lwas_fast import SGDLW, AdamWLW
+
+SCHEDULES = ("constant", "cosine")
+Factory = Callable[..., Optimizer]
+OURS = ("adamwlw", "sgdlw")
+SWEPT = {  # seven rates each, two a decade
+    "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an optimizer is made and driven.
+
+    Attributes:
+        make: From named parameters and options to the optimizer.
+        module: The package that has it, as one imports it; empty for ours and torch's.
+        package: The same, as one installs it.
+        modes: Whether it has a train and an eval mode (Schedule-Free).
+        graph: Whether its `step` differentiates the gradient once more (AdaHessian, Sophia-H).
+    """
+
+    make: Factory
+    module: str = ""
+    package: str = ""
+    modes: bool = False
+    graph: bool = False
+
+
+def _of(module: str, name: str, **fixed: Any) -> Factory:
+    def make(named: list[tuple[str, nn.Parameter]], **options: Any) -> Optimizer:
+        kind = getattr(__import__(module), name)
+        return kind([p for _, p in named], **{**fixed, **options})
+
+    return make
+
+
+def _torch(kind: type[Optimizer], **fixed: Any) -> Factory:
+    return lambda named, **options: kind([p for _, p in named], **{**fixed, **options})
+
+
+_MANY, _FREE = "pytorch_optimizer", "schedulefree"
+RULES = {
+    "adamwlw": Rule(AdamWLW),
+    "sgdlw": Rule(SGDLW),
+    "adamw": Rule(_torch(torch.optim.AdamW)),
+    "sgd": Rule(_torch(torch.optim.SGD, momentum=0.9, lr=1e-2)),
+    "prodigy": Rule(_of("prodigyopt", "Prodigy"), "prodigyopt", "prodigyopt"),
+    "sf_adamw": Rule(_of(_FREE, "AdamWScheduleFree"), _FREE, _FREE, modes=True),
+    "sf_sgd": Rule(_of(_FREE, "SGDScheduleFree"), _FREE, _FREE, modes=True),
+    "dadapt_adam": Rule(_of(_MANY, "DAdaptAdam", weight_decouple=True), _MANY, "pytorch-optimizer"),
+    "dog": Rule(_of("dog", "DoG"), "dog", "dog-optimizer"),
+    "shampoo": Rule(_of(_MANY, "ScalableShampoo", decoupled_weight_decay=True), _MANY, "pytorch-optimizer"),
+    "adahessian": Rule(_of(_MANY, "AdaHessian"), _MANY, "pytorch-optimizer", graph=True),
+    "sophia_h": Rule(_of(_MANY, "SophiaH"), _MANY, "pytorch-optimizer", graph=True),
+}
+PARAMETER_FREE = ("prodigy", "sf_adamw", "sf_sgd", "dadapt_adam", "dog")
+
+
+@dataclass(frozen=True)
+class Name:
+    """An optimizer with its options, and its one spelling: options sorted, numbers in Python's shortest form."""
+
+    base: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Name:
+        """Read `base` or `base:option=value,...`.
+
+        Raises:
+            ValueError: Unknown optimizer, or options that cannot be read.
+        """
+        base, _, rest = text.partition(":")
+        if base not in RULES:
+            raise ValueError(f"unknown optimizer {base!r}: choose from {', '.join(RULES)}")
+        options: dict[str, Any] = {}
+        for item in filter(None, rest.split(",")):
+            key, equals, value = item.partition("=")
+            if not (key and equals and value) or key in options:
+                raise ValueError(f"{text!r}: {item!r} is not option=value, or comes twice")
+            try:
+                options[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                options[key] = value  # a word
+        if options.get("schedule", "constant") not in SCHEDULES:
+            raise ValueError(f"{text!r}: schedule must be one of {', '.join(SCHEDULES)}")
+        return cls(base, tuple(sorted(options.items())))
+
+    def __str__(self) -> str:
+        text = ",".join(f"{key}={value}" for key, value in self.options)
+        return f"{self.base}:{text}" if text else self.base
+
+    @property
+    def file(self) -> str:
+        """For a file's name."""
+        return str(self).replace(":", "_").replace(",", "_").replace("/", "-")
+
+
+def sweep(base: str) -> list[Name]:
+    """The rates and schedules of a sweep over AdamW or SGD."""
+    return [Name.parse(f"{base}:lr={lr},schedule={schedule}") for schedule in SCHEDULES for lr in SWEPT[base]]
+
+
+class Trainer:
+    """An optimizer, its schedule, and how one step goes.
+
+    Args:
+        name: Which, with options.
+        model: What it trains.
+        steps: In all, for the schedule.
+        weight_decay: The task's; an option of the name has priority.
+
+    Raises:
+        ModuleNotFoundError: The package that has the optimizer is missing.
+        TypeError: The optimizer has no such option.
+    """
+
+    def __init__(self, name: Name, model: nn.Module, steps: int, weight_decay: float):
+        self.rule = RULES[name.base]
+        options = {"weight_decay": weight_decay, **dict(name.options)}
+        schedule = options.pop("schedule", "constant")
+        self.optimizer = self.rule.make(list(model.named_parameters()), **options)
+        self.scheduler = None
+        if schedule == "cosine":
+            self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+            )
+        if self.rule.modes:
+            self.optimizer.train()
+
+    def step(self, loss: Callable[[], Tensor]) -> Tensor:
+        """Evaluate the loss, differentiate, update; returns the loss from before the update."""
+        self.optimizer.zero_grad()
+        value = loss()
+        if isinstance(self.optimizer, (AdamWLW, SGDLW)):
+            self.optimizer.backward(value)
+        else:
+            value.backward(create_graph=self.rule.graph)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.rule.graph:  # gradients with a graph keep their parameters alive in a cycle
+            self.optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    @contextmanager
+    def evaluating(self, model: nn.Module, forward: Callable[[int], object]) -> Iterator[None]:
+        """The weights that are to be judged: for Schedule-Free the average, others' as they are.
+
+        Args:
+            model: The model trained.
+            forward: Evaluates a training mini-batch. BatchNorm's statistics are those of the weights trained with, so
+                Schedule-Free's authors have some batches evaluated with the average before it is judged.
+        """
+        if not self.rule.modes:
+            yield
+            return
+        self.optimizer.eval()
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            with torch.no_grad():
+                for step in range(50):
+                    forward(step)
+        yield
+        self.optimizer.train()

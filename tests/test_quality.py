@@ -1,0 +1,260 @@
+"""The training-quality suite trains what it says, and reports what it trained.
+
+Catches: a task that no longer fits the package (no second derivative, say); mini-batches or dropout that depend on more
+than seed and step; an evaluation that changes the model; an optimizer driven wrongly; a run done twice, or taken for
+one of another length; half a file after a crash; a divergence that stops the suite or passes for a result; a report
+that picks another rate than the best or hides collapses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no package that one installs
+from bench.quality import report, run, tasks  # noqa: E402
+from bench.quality.optimizers import PARAMETER_FREE, RULES, Name, Trainer, sweep  # noqa: E402
+
+TINY = tasks.EVERY_TASK["tiny"]
+
+
+def go(out: Path, *arguments: str) -> None:
+    run.main(["--tasks", "tiny", "--device", "cpu", "--out", str(out), *arguments])
+
+
+def trained(name: str, steps: int, seed: int = 0) -> dict:
+    return run.train((TINY, Name.parse(name), seed), steps, False, "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", tasks.EVERY_TASK)
+def test_task_trains_two_steps_and_depends_on_seed_and_step_alone(name):
+    task = tasks.EVERY_TASK[name]
+    try:
+        problem, again, other = task.build(0), task.build(0), task.build(1)
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        pytest.skip(str(error))
+    trainer = Trainer(Name("adamwlw"), problem.model, 2, task.weight_decay)
+    losses = [trainer.step(lambda step=step: problem.loss(problem.model, step)).item() for step in range(2)]
+    assert all(map(math.isfinite, losses))
+    assert all(math.isfinite(rate) and rate > 0 for rate in trainer.optimizer.rates().values())
+    counts = [layer["refreshes"] for layer in trainer.optimizer.diagnostics().values()]
+    assert all(counts), "a layer was not measured"
+    torch.rand(7)  # must not matter
+    again.loss(again.model, 5)
+    assert again.loss(again.model, 0).item() == losses[0]
+    assert again.loss(again.model, 1).item() != losses[0]
+    assert other.loss(other.model, 0).item() != losses[0]
+    assert other.loss(again.model, 0).item() != losses[0]  # not the weights alone
+
+
+def test_evaluation_changes_nothing():
+    problem = TINY.build(0)
+    problem.model.add_module("drop", torch.nn.Dropout(0.5))
+    problem.model.train()
+    first = problem.evaluate(problem.model)
+    assert problem.model.training and problem.evaluate(problem.model) == first
+    x, y = problem.parts["test"][0]()
+    out = problem.model.eval()(x)
+    assert len(y) == 200
+    assert first["test"] == pytest.approx(F.cross_entropy(out, y).item())
+    assert first["accuracy"] == pytest.approx((out.argmax(1) == y).float().mean().item())
+
+
+def test_batches_are_whole_passes_and_crops_are_shifts_and_flips():
+    indices = tasks.sampler(10, 3, seed=0)
+    passes = [torch.cat([indices(3 * epoch + i) for i in range(3)]) for epoch in range(2)]
+    assert all(len(set(one.tolist())) == 9 for one in passes) and not torch.equal(*passes)
+    assert not torch.equal(tasks.sampler(100, 50, seed=0)(0), tasks.sampler(100, 50, seed=1)(0))
+    x = torch.randn(20, 2, 6, 6)
+    found = tasks.crop_and_flip(x)
+    kinds = set()
+    for before, after in zip(F.pad(x, (4, 4, 4, 4)), found, strict=True):
+        windows = {(r, c): before[:, r : r + 6, c : c + 6] for r in range(9) for c in range(9)}
+        fits = [
+            (rc, flip) for rc, w in windows.items() for flip in (0, 1) if torch.equal(w.flip(2) if flip else w, after)
+        ]
+        assert len(fits) == 1
+        kinds.add(fits[0])
+    assert len(kinds) > 10 and {flip for _, flip in kinds} == {0, 1}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("base", RULES)
+def test_every_optimizer_trains(base):
+    if RULES[base].module:
+        pytest.importorskip(RULES[base].module)
+    problem = TINY.build(0)
+    before = [p.detach().clone() for p in problem.model.parameters()]
+    trainer = Trainer(Name(base), problem.model, 20, TINY.weight_decay)
+    for step in range(20):
+        trainer.step(lambda step=step: problem.loss(problem.model, step))
+    assert all(torch.isfinite(p).all() for p in problem.model.parameters())
+    assert all(not torch.equal(p, q) for p, q in zip(problem.model.parameters(), before, strict=True))
+    held = [p.detach().clone() for p in problem.model.parameters()]
+    with trainer.evaluating(problem.model, lambda step: problem.loss(problem.model, step)):
+        same = all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), held, strict=True))
+    assert same != RULES[base].modes  # Schedule-Free is judged by its average, and trains on where it was
+    for p, q in zip(problem.model.parameters(), held, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {TINY.weight_decay}
+
+
+@pytest.mark.parametrize("name", ["adamw:lr=0.1,schedule=cosine", "sgdlw:schedule=cosine"])
+def test_cosine_ends_at_nothing(name):
+    problem = TINY.build(0)
+    trainer = Trainer(Name.parse(name), problem.model, 10, 0.0)
+    rates = [trainer.optimizer.param_groups[0]["lr"]]
+    for step in range(10):
+        trainer.step(lambda step=step: problem.loss(problem.model, step))
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates[5] == pytest.approx(rates[0] / 2) and rates[10] == pytest.approx(0, abs=1e-12)
+
+
+def test_names_have_one_spelling_and_errors_say_what_is_wrong():
+    assert Name.parse("adamw:schedule=cosine,lr=1e-3") == Name.parse("adamw:lr=0.001,schedule=cosine")
+    assert str(Name.parse("adamwlw:noise_exponent=0.25")) == "adamwlw:noise_exponent=0.25"
+    for text, message in (
+        ("adam", "unknown optimizer"),
+        ("sgd:lr", "not option=value"),
+        ("sgd:schedule=step", "one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Name.parse(text)
+    with pytest.raises(TypeError, match="no keyword 'nonsense'"):
+        trained("adamwlw:nonsense=1", 2)
+    with pytest.raises(SystemExit):
+        run.parse(["--tasks", "no_such_task"])
+    chosen = run.parse(["--optimizers", "adamwlw,sgd:lr=0.1,schedule=cosine", "adamw", "--sweep", "--seeds", "1-3"])
+    assert chosen.optimizers == [Name("adamwlw"), *sweep("sgd"), *sweep("adamw")] and chosen.seeds == [1, 2, 3]
+    assert len(set(map(str, sweep("sgd")))) == 14
+    assert str(run.parse(["--optimizers", "adamw,sgd:lr=.1,schedule=cosine"]).optimizers[1]) == (
+        "sgd:lr=0.1,schedule=cosine"
+    )
+
+
+def test_a_missing_package_is_told_before_anything_is_trained(monkeypatch, capsys):
+    monkeypatch.setitem(RULES, "prodigy", dataclasses.replace(RULES["prodigy"], module="no_such_module"))
+    with pytest.raises(SystemExit):
+        run.parse(["--optimizers", "prodigy"])
+    assert "prodigy needs no_such_module: pip install prodigyopt" in capsys.readouterr().err
+
+
+def test_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys):
+    go(tmp_path, "--optimizers", "adamwlw,adamw:lr=1e-2,schedule=cosine", "--seeds", "0-1")
+    files = sorted(tmp_path.glob("tiny/*"))
+    assert [f.name for f in files] == [
+        "adamw_lr=0.01_schedule=cosine-seed0.json", "adamw_lr=0.01_schedule=cosine-seed1.json",
+        "adamwlw-seed0.json", "adamwlw-seed1.json",
+    ]  # fmt: skip
+    content = json.loads(files[2].read_text())
+    assert (content["optimizer"], content["seed"], content["steps_taken"]) == ("adamwlw", 0, TINY.steps)
+    assert content["environment"]["torch"] == torch.__version__ and content["environment"]["threads"] == "1"
+    assert "node" not in content["environment"]
+    assert not content["collapsed"] and content["peak_rss_bytes"] > 10 * 2**20
+    curve, checks = content["curve"], content["evaluations"]
+    assert len(curve["loss"]) == 50 and curve["step"][-1] == TINY.steps
+    assert all(a < b for a, b in zip(curve["seconds"][:-1], curve["seconds"][1:], strict=True))
+    assert [c["step"] for c in checks] == [0, 10, 20, 30, 40, 50, 60]
+    assert checks[-1]["train"] < checks[0]["train"] and checks[-1]["seconds"] == content["seconds"]
+    again = trained("adamwlw", TINY.steps)
+    assert again["curve"]["loss"] == curve["loss"] and again["evaluations"][-1]["test"] == checks[-1]["test"]
+    assert again["curve"]["loss"] != trained("adamwlw", TINY.steps, seed=1)["curve"]["loss"]
+    # Only what is missing is run.
+    files[3].unlink()
+    ran = []
+    train = run.train
+    monkeypatch.setattr(run, "train", lambda r, *rest: (ran.append((str(r[1]), r[2])), train(r, *rest))[1])
+    go(tmp_path, "--optimizers", "adamwlw,adamw:lr=0.01,schedule=cosine", "--seeds", "0-1")
+    assert ran == [("adamwlw", 1)] and files[3].is_file()
+    with pytest.raises(SystemExit, match="adamwlw-seed0.json is a run of 60 steps"):
+        go(tmp_path, "--optimizers", "adamwlw", "--steps", "7")
+    capsys.readouterr()
+
+
+def test_curve_is_the_mean_of_the_steps_since_the_last_point(monkeypatch):
+    monkeypatch.setattr(run, "POINTS", 2)
+    coarse = trained("sgd", 10)["curve"]
+    monkeypatch.setattr(run, "POINTS", 10)
+    fine = trained("sgd", 10)["curve"]["loss"]
+    assert coarse["step"] == [5, 10]
+    assert coarse["loss"] == pytest.approx([sum(fine[:5]) / 5, sum(fine[5:]) / 5])
+
+
+def test_a_run_cut_short_leaves_no_result(tmp_path):
+    path = tmp_path / "tiny" / "x-seed0.json"
+    with pytest.raises(TypeError):
+        run.write(path, {"a": object()})
+    assert not path.exists()
+    run.write(path, {"a": [math.nan, 1.0], "b": {"c": math.inf}})
+    assert json.loads(path.read_text()) == {"a": [None, 1.0], "b": {"c": None}}
+    assert [p.name for p in path.parent.glob("*.json")] == [path.name]
+
+
+def test_divergence_is_recorded(tmp_path, capsys):
+    go(tmp_path, "--optimizers", "adamw:lr=1e30,adamw:lr=30,adamw:lr=1e-2")
+    assert capsys.readouterr().out.count("COLLAPSED") == 2
+    found = {f.name: json.loads(f.read_text()) for f in tmp_path.glob("tiny/*.json")}
+    broken, risen = found["adamw_lr=1e+30-seed0.json"], found["adamw_lr=30-seed0.json"]
+    assert broken["collapsed"] and broken["steps_taken"] < broken["steps"]
+    assert broken["evaluations"][-1]["train"] is None
+    assert risen["collapsed"] and risen["steps_taken"] == risen["steps"]
+    assert risen["evaluations"][-1]["train"] > risen["evaluations"][0]["train"]
+    assert not found["adamw_lr=0.01-seed0.json"]["collapsed"]
+    report.main([str(tmp_path)])
+    table = capsys.readouterr().out
+    assert "(lr 0.01, best of 3)" in table and "1 of 3" not in table  # the collapsed rates are not the best
+    assert (tmp_path / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_report_picks_the_best_rate_and_hides_nothing(tmp_path, capsys):
+    base = run.finite_only(trained("adamw:lr=0.01", 10))
+
+    def put(name: str, losses: list[float | None], first_seed: int = 0) -> None:
+        parsed = Name.parse(name)
+        for seed, loss in enumerate(losses, first_seed):
+            last = {**base["evaluations"][-1], "train": loss}
+            content = {**base, "optimizer": str(parsed), "base": parsed.base, "options": dict(parsed.options)}
+            content |= {"seed": seed, "evaluations": [*base["evaluations"][:-1], last], "collapsed": loss is None}
+            run.write(run.path_of(tmp_path, (TINY, parsed, seed)), content)
+
+    put("adamw:lr=0.001", [0.5, 0.7])
+    put("adamw:lr=0.01", [0.3, 0.5])
+    put("adamw:lr=0.03", [0.1, None])  # best seed of all, and a collapse
+    put("adamw:lr=0.1", [0.05])  # better still, on one seed only
+    put("adamw:lr=0.01,schedule=cosine", [0.2, 0.2])
+    put("adamwlw", [0.25, 0.35, None])
+    put(PARAMETER_FREE[0], [0.6, 0.6])
+    report.main([str(tmp_path), "--out", str(tmp_path / "pictures")])
+    lines = (tmp_path / "pictures" / "quality.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("## Final training loss"))
+    assert lines[start + 4 : start + 8] == [
+        "| adamw, best constant | 0.4000 ± 0.1000 (lr 0.01, best of 3) | 0 of 2 |",
+        "| adamw, best cosine | 0.2000 ± 0.0000 (lr 0.01, best of 1) | 0 of 2 |",
+        f"| {PARAMETER_FREE[0]} | 0.6000 ± 0.0000 | 0 of 2 |",
+        "| adamwlw | 0.3000 ± 0.0500 (1/3 collapsed) | 1 of 3 |",
+    ]
+    assert (tmp_path / "pictures" / "tiny.png").stat().st_size > 10_000
+    content = json.loads((tmp_path / "tiny" / "adamwlw-seed0.json").read_text())
+    run.write(tmp_path / "tiny" / "adamwlw-seed0.json", {**content, "steps": 11})
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path)])
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "empty")])
+    assert "different sizes" in (told := capsys.readouterr().err) and "holds no runs" in told
