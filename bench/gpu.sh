@@ -32,7 +32,12 @@ run_stage() { # run_stage NAME: runs the function stage_NAME within the limit, n
   printf '==> %s: status %d, %d s\n' "$name" $status $((SECONDS - start))
   printf '{"stage": "%s", "status": %d, "seconds": %d}\n' "$name" $status $((SECONDS - start)) >>"$OUT/stages.jsonl"
 }
+measure() { # measure NAME: runs bench/test_NAME.py and prints its table
+  $PYTHON -m pytest "bench/test_$1.py" -q --benchmark-quiet --benchmark-json="$OUT/$1.json"
+  $PYTHON bench/report.py "$OUT/$1.json"
+}
 export OUT PYTHON
+export -f measure
 
 stage_build() {
   LWAS_FAST_BUILD=cuda $PYTHON -m pip install -v -e . --no-build-isolation --no-deps
@@ -43,25 +48,10 @@ stage_tests() {
   $PYTHON -m pytest tests -m gpu -q --continue-on-collection-errors --junitxml="$OUT/tests.xml"
 }
 
-stage_update() {
-  $PYTHON -m pytest bench/test_update.py -q --benchmark-quiet --benchmark-json="$OUT/update.json"
-  $PYTHON bench/report.py "$OUT/update.json"
-}
-
-stage_rates() {
-  $PYTHON -m pytest bench/test_rates.py -q --benchmark-quiet --benchmark-json="$OUT/rates.json"
-  $PYTHON bench/report.py "$OUT/rates.json"
-}
-
-stage_step() {
-  $PYTHON -m pytest bench/test_step.py -q --benchmark-quiet --benchmark-json="$OUT/step.json"
-  $PYTHON bench/report.py "$OUT/step.json"
-}
-
-stage_scaling() {
-  $PYTHON -m pytest bench/test_scaling.py -q --benchmark-quiet --benchmark-json="$OUT/scaling.json"
-  $PYTHON bench/report.py "$OUT/scaling.json"
-}
+stage_update() { measure update; }
+stage_rates() { measure rates; }
+stage_step() { measure step; }
+stage_scaling() { measure scaling; }
 
 stage_profile() {
   OUT="$OUT/profile" PYTHON=$PYTHON bench/profile_nsys.sh VGG16-BN
@@ -72,9 +62,9 @@ stage_quality() { # data in the folder LWAS_FAST_DATA
     echo "no data given: LWAS_FAST_DATA is not set"
     return
   fi
-  $PYTHON bench/quality/run.py --full --steps 1500 --tasks vgg11,resnet --seeds 0 --out "$OUT/quality" \
+  $PYTHON -m bench.quality.run --full --steps 1500 --tasks vgg11,resnet --seeds 0 --out "$OUT/quality" \
     --optimizers adamwlw,sgdlw,adamw:lr=1e-3,sgd:lr=1e-1
-  $PYTHON bench/quality/report.py "$OUT/quality"
+  $PYTHON -m bench.quality.report "$OUT/quality"
 }
 
 stage_sanitizer() {

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from lwas_fast import fused
+from lwas_fast.curvature import Here
 from lwas_fast.layers import LayerRule
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
@@ -70,15 +71,8 @@ class AdamWLW(LayerwiseOptimizer):
     def _decay(self, group: dict[str, Any]) -> float:
         return float(group["betas"][0])
 
-    def _directions(
-        self,
-        group: dict[str, Any],
-        states: list[dict[str, Any]],
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        steps: Tensor,
-        factors: list[float],
-    ) -> tuple[list[Tensor] | None, list[Tensor]]:
+    def _directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
+        states, _, gradients, steps, factors = here
         beta1, beta2 = group["betas"]
         squares = torch._foreach_mul(gradients, gradients)
         denominators = list(torch._foreach_lerp([state["exp_avg_sq"] for state in states], squares, 1 - beta2))

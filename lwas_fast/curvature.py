@@ -17,13 +17,31 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from lwas_fast.layers import Bucket, Selection
+
+
+class Here(NamedTuple):
+    """Where a measurement is to be made: a list each, of one entry for each parameter.
+
+    Attributes:
+        states: The optimizer's.
+        weights: The parameters, in the dtype of their state.
+        gradients: Theirs, of the loss to be minimised, likewise.
+        steps: The number (N,) of their next update, in the dtype of the statistics.
+        factors: What the ascent direction is to be multiplied by: minus the sign of the parameter's layer.
+    """
+
+    states: list[dict[str, Any]]
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    steps: Tensor
+    factors: list[float]
 
 
 class Vectors(NamedTuple):

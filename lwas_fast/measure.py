@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lwas_fast import distributed, groups
-from lwas_fast.curvature import Probe, Products, Vectors, by_autograd, draw_signs, leaves_of, refuse_cut_graph
+from lwas_fast.curvature import Here, Probe, Products, Vectors, by_autograd, draw_signs, leaves_of, refuse_cut_graph
 from lwas_fast.errors import explain
 from lwas_fast.finite_difference import Replay, by_differences
 from lwas_fast.layers import Bucket, Selection, state_dtype
@@ -127,7 +127,7 @@ def _probe(
     weights = [p.detach().to(dtype) for p, dtype in zip(selection.params, dtypes, strict=True)]
     steps = torch.stack([bucket.counts[i] for i in selection.indices]).to(selection.dtype) + 1
     factors = [-signs[layer] for layer in selection.layer]
-    used, directions = opt._directions(group, states, weights, scaled, steps, factors)
+    used, directions = opt._directions(group, Here(states, weights, scaled, steps, factors))
     if used is scaled and as_is:
         used = raw  # half the memory, where it is of half precision
     heard = group["noise_exponent"] > 0

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lwas_fast import backends, checkpoint, fused_rates, groups, measure, options, rates
+from lwas_fast.curvature import Here
 from lwas_fast.layers import Bucket, LayerRule, Selection, make_buckets, state_dtype
 from lwas_fast.measure import Measured
 from lwas_fast.profiling import span
@@ -304,24 +305,12 @@ class LayerwiseOptimizer(Optimizer):
         """The decay of the gradient's average."""
         raise NotImplementedError
 
-    def _directions(
-        self,
-        group: dict[str, Any],
-        states: list[dict[str, Any]],
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        steps: Tensor,
-        factors: list[float],
-    ) -> tuple[list[Tensor] | None, list[Tensor]]:
+    def _directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
         """Give what a measurement goes along, changing nothing.
 
         Args:
             group: The hyperparameters.
-            states: Of the tensors that have a gradient.
-            weights: Those tensors, in the dtype of their state.
-            gradients: Likewise.
-            steps: The number (N,) of their next update, in the dtype of the statistics.
-            factors: What the ascent direction is to be multiplied by: minus the sign of the tensor's layer.
+            here: The tensors that have a gradient.
 
         Returns:
             The gradients with L2 (None where they are minus the directions without their signs), and the directions.

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from lwas_fast import fused
+from lwas_fast.curvature import Here
 from lwas_fast.layers import LayerRule
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
@@ -70,15 +71,8 @@ class SGDLW(LayerwiseOptimizer):
     def _decay(self, group: dict[str, Any]) -> float:
         return float(group["momentum"])
 
-    def _directions(
-        self,
-        group: dict[str, Any],
-        states: list[dict[str, Any]],
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        steps: Tensor,
-        factors: list[float],
-    ) -> tuple[list[Tensor] | None, list[Tensor]]:
+    def _directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
+        states, weights, gradients, steps, factors = here
         if group["weight_decay"] != 0:
             gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
         if group["probe"] == "gradient":
