@@ -14,9 +14,10 @@ direction and turn it into that layer's step size in closed form.
 """
 
 from lwas_fast.adamw import AdamWLW
+from lwas_fast.averaging import averaged
 from lwas_fast.errors import CurvatureError
 from lwas_fast.sgd import SGDLW
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["SGDLW", "AdamWLW", "CurvatureError", "__version__"]
+__all__ = ["SGDLW", "AdamWLW", "CurvatureError", "__version__", "averaged"]

@@ -258,3 +258,16 @@ def test_report_picks_the_best_rate_and_hides_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "empty")])
     assert "different sizes" in (told := capsys.readouterr().err) and "holds no runs" in told
+
+
+def test_the_average_is_judged_and_the_weights_are_trained_on():
+    problem = TINY.build(0)
+    trainer = Trainer(Name.parse("adamwlw:average=0.5"), problem.model, 40, 0.0)
+    for step in range(25):
+        trainer.step(lambda step=step: problem.loss(problem.model, step))
+    before = [p.detach().clone() for p in problem.model.parameters()]
+    with trainer.evaluating(problem.model, lambda step: problem.loss(problem.model, step)):
+        for p, a in zip(problem.model.parameters(), trainer.average.module.parameters(), strict=True):
+            assert torch.equal(p, a)
+        assert not torch.equal(before[0], next(problem.model.parameters()))
+    assert all(torch.equal(p, b) for p, b in zip(problem.model.parameters(), before, strict=True))

@@ -38,7 +38,7 @@ def test_kernels_compile_for_gpus():
         # Three versions of the whole chunk, each with direction and product, more if unrolled.
         assert line["vector_loads"] >= 10 + 4 * line["with_gradient"] + 6 * line["with_momentum"]
         assert line["published"] and line["fresh"]
-        assert line["registers"] <= 65536 // (256 * 3)  # at least three programs share a multiprocessor
+        assert line["registers"] <= 65536 // (256 * 2)  # two programs or more share a multiprocessor
 
 
 @pytest.mark.parametrize("absent", ["None", "__import__('types').ModuleType('triton')"], ids=["absent", "broken"])

@@ -1,13 +1,15 @@
 """The optimizers by name, all driven alike: ours, torch's, and those of other packages where they are installed.
 
-A name may carry options: `adamwlw:noise_exponent=0.25` or `adamw:lr=1e-3,schedule=cosine`. What is not given has the
-package's default, but for the weight decay, which is the task's. AdaHessian, Sophia-H, Shampoo and Schedule-Free have a
-rate, `lr`, whose default was made for other tasks; DoG is judged by its last weights, not by its authors' average.
+A name may carry options: `adamwlw:noise_exponent=0.25`, `adamw:lr=1e-3,schedule=cosine`, `adamwlw:average=0.05`; with the
+last, the average of the weights is judged (lwas_fast.averaged). What is not given has the package's default, but for
+the weight decay, which is the task's. AdaHessian, Sophia-H, Shampoo and Schedule-Free have a rate, `lr`, whose default
+was made for other tasks; DoG is judged by its last weights, not by its authors' average.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lwas_fast import SGDLW, AdamWLW
+from lwas_fast import SGDLW, AdamWLW, averaged
 
 SCHEDULES = ("constant", "cosine")
 Factory = Callable[..., Optimizer]
@@ -123,6 +125,9 @@ def sweep(base: str) -> list[Name]:
     return [Name.parse(f"{base}:lr={lr},schedule={schedule}") for schedule in SCHEDULES for lr in SWEPT[base]]
 
 
+AVERAGE_EVERY = 10  # steps from one update of the average to the next
+
+
 class Trainer:
     """An optimizer, its schedule, and how one step goes.
 
@@ -140,7 +145,9 @@ class Trainer:
     def __init__(self, name: Name, model: nn.Module, steps: int, weight_decay: float):
         self.rule = RULES[name.base]
         options = {"weight_decay": weight_decay, **dict(name.options)}
-        schedule = options.pop("schedule", "constant")
+        schedule, share = options.pop("schedule", "constant"), options.pop("average", None)
+        self.average = None if share is None else averaged(model, share)
+        self.model, self.steps = model, 0
         self.optimizer = self.rule.make(list(model.named_parameters()), **options)
         self.scheduler = None
         if schedule == "cosine":
@@ -159,6 +166,9 @@ class Trainer:
         else:
             value.backward(create_graph=self.rule.graph)
         self.optimizer.step()
+        self.steps += 1
+        if self.average is not None and self.steps % AVERAGE_EVERY == 0:
+            self.average.update_parameters(self.model)
         if self.scheduler is not None:
             self.scheduler.step()
         if self.rule.graph:  # gradients with a graph keep their parameters alive in a cycle
@@ -167,20 +177,28 @@ class Trainer:
 
     @contextmanager
     def evaluating(self, model: nn.Module, forward: Callable[[int], object]) -> Iterator[None]:
-        """The weights that are to be judged: for Schedule-Free the average, others' as they are.
+        """The weights that are to be judged: for Schedule-Free and with `average` the average, others' as they are.
 
         Args:
             model: The model trained.
             forward: Evaluates a training mini-batch. BatchNorm's statistics are those of the weights trained with, so
                 Schedule-Free's authors have some batches evaluated with the average before it is judged.
         """
-        if not self.rule.modes:
+        averages = self.average is not None and self.steps >= AVERAGE_EVERY
+        if not self.rule.modes and not averages:
             yield
             return
-        self.optimizer.eval()
+        if averages:
+            kept = copy.deepcopy(model.state_dict())
+            model.load_state_dict(self.average.module.state_dict())
+        else:
+            self.optimizer.eval()
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             with torch.no_grad():
                 for step in range(50):
                     forward(step)
         yield
-        self.optimizer.train()
+        if averages:
+            model.load_state_dict(kept)
+        else:
+            self.optimizer.train()

@@ -1,0 +1,40 @@
+"""The average of a run's last weights, which is to be evaluated in their place.
+
+Measured rates fit most of a run and are too long for its end: the weights keep moving about the point that they have
+come to. A schedule on `lr` would end that, where the run's length is known; the average ends it at any time. Averages
+whose window grows with the run are polynomial-decay averages (Shamir & Zhang, ICML 2013).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+
+def averaged(model: nn.Module, share: float = 0.05) -> AveragedModel:
+    r"""Make a running average of a model's weights.
+
+    After n updates the next weights enter with :math:`1 / (1 + n \cdot share)`: about the last `share` of it counts.
+    Call ``average.update_parameters(model)`` every few steps (it waits for the device, so not at each), and evaluate
+    ``average``. With BatchNorm let ``torch.optim.swa_utils.update_bn`` gather the average's own statistics first.
+
+    Args:
+        model: What is trained.
+        share: Of the run, that the average looks back on; greater than 0, at most 1 (all of it alike).
+
+    Returns:
+        A copy of the model that holds the average; float32 state is advised, for half precision cannot average long.
+
+    Raises:
+        ValueError: `share` is out of range.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share!r} is not valid: it must be a number greater than 0 and at most 1")
+
+    def update(averages: Any, weights: Any, count: Any) -> None:
+        torch._foreach_lerp_(averages, weights, 1 / (1 + share * float(count)))
+
+    return AveragedModel(model, multi_avg_fn=update)
