@@ -42,8 +42,10 @@ CASES = [("width", wide, n) for n in WIDTHS] + [("depth", deep, n) for n in DEPT
 def test_scaling(benchmark, device, monkeypatch, axis, make, size, rule):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so many layers are too small for two
+    torch.set_flush_denormal(True)  # gradients vanish over hundreds of them, and tiny numbers are slow
     try:
         compare(benchmark, monkeypatch, lambda: make(size, device), rule, "autograd", pairs=60 if CUDA else 40)
     finally:
         torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
     benchmark.extra_info.update(axis=axis, size=size, workload=f"{axis} {size}")

@@ -11,7 +11,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_code_runs_and_trains():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     space: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), space)

@@ -1,7 +1,7 @@
 """The optimizers by name, all driven alike: ours, torch's, and those of other packages where they are installed.
 
-A name may carry options: `adamwlw:noise_exponent=0.25`, `adamw:lr=1e-3,schedule=cosine`, `adamwlw:average=0.05`; with the
-last, the average of the weights is judged (lwas_fast.averaged). What is not given has the package's default, but for
+A name may carry options: `adamwlw:noise_exponent=0.25`, `adamw:lr=1e-3,schedule=cosine`, `adamwlw:average=0.05`;
+with the last, the average is judged (lwas_fast.averaged). What is not given has the package's default, but for
 the weight decay, which is the task's. AdaHessian, Sophia-H, Shampoo and Schedule-Free have a rate, `lr`, whose default
 was made for other tasks; DoG is judged by its last weights, not by its authors' average.
 """
