@@ -77,7 +77,12 @@ _DESCENT, _CURVATURE, _REFRESHES = _names(Column.DESCENT, Column.CURVATURE, Colu
 _NEGATIVE, _NONFINITE, _NO_DESCENT = _names(Column.NEGATIVE, Column.NONFINITE, Column.NO_DESCENT)
 _GREW = tl.constexpr(int(Column.GROWTH))
 _SIGN, _SCALE, _DECAY, _CONCORDANCE, _BETA, _EXPONENT, _GROWTH, _UNMEASURED, _SKIP, _LOG_BETA = _names(*Numbers)
+_GRADIENT_AT, _DIRECTION_AT, _PRODUCT_AT, _MOMENTUM_AT, _STEPS_AT, _KIND_AT = _names(*Tensors)
+_TENSOR_AT, _NUMBER_AT, _COUNT_AT, _LAYER_AT = _names(*Chunks)
+_FIRST_AT, _CHUNKS_AT, _ROW_AT, _FACTOR_AT = _names(*Layers)
+_DESCENT_SUM, _CURVATURE_SUM, _SQUARE_SUM, _SIGNAL_SUM = _names(*Sums)
 _COLUMNS, _SUMS, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Sums)), tl.constexpr(len(Numbers))
+_TENSORS, _CHUNKS, _LAYERS = tl.constexpr(len(Tensors)), tl.constexpr(len(Chunks)), tl.constexpr(len(Layers))
 _LEAST_SIGNAL = tl.constexpr(LEAST_SIGNAL)
 
 
@@ -128,8 +133,10 @@ def _sum_chunk(
     lanes = tl.arange(0, block)
     zeros = tl.zeros([block], tl.float32)
     sums = (zeros, zeros, zeros, zeros)
-    addresses = (tl.load(tensor), tl.load(tensor + 1), tl.load(tensor + 2), tl.load(tensor + 3))
-    if (count == chunk) & (tl.load(tensor + 5) < 4):
+    gradient, direction = tl.load(tensor + _GRADIENT_AT), tl.load(tensor + _DIRECTION_AT)
+    product, momentum = tl.load(tensor + _PRODUCT_AT), tl.load(tensor + _MOMENTUM_AT)
+    addresses = (gradient, direction, product, momentum)
+    if (count == chunk) & (tl.load(tensor + _KIND_AT) < 4):
         # With a mask, even one that is always true, loads would be of 4 bytes, not of 16.
         for i in range(0, chunk, block):
             sums = _add(sums, addresses, start + (i + lanes), True, dtype, False, with_gradient, with_momentum)
@@ -252,11 +259,12 @@ def layer_rates(
         at_once: Partial sums taken at a time.
     """
     here = tl.program_id(0).to(tl.int64)
-    tensor = tensors + tl.load(chunks + here * 4) * 6
-    start = tl.load(chunks + here * 4 + 1) * chunk  # int64; a product, so that the compiler knows a divisor of it
-    count = tl.load(chunks + here * 4 + 2)
-    layer = tl.load(chunks + here * 4 + 3)
-    kind = tl.load(tensor + 5) % 4
+    chunks += here * _CHUNKS
+    tensor = tensors + tl.load(chunks + _TENSOR_AT) * _TENSORS
+    start = tl.load(chunks + _NUMBER_AT) * chunk  # int64; a product, so that the compiler knows a divisor of it
+    count = tl.load(chunks + _COUNT_AT)
+    layer = tl.load(chunks + _LAYER_AT)
+    kind = tl.load(tensor + _KIND_AT) % 4
     if kind == 0:
         a, b, c, e = _sum_chunk(tensor, start, count, tl.float32, with_gradient, with_momentum, chunk, block)
     elif kind == 1:
@@ -267,31 +275,33 @@ def layer_rates(
     numbers += layer * _NUMBERS
     if with_momentum:
         # Bias correction, of each tensor by its own age; in double precision for averages that forget slowly.
-        steps = tl.load(tl.load(tensor + 4).to(tl.pointer_type(tl.float32)))
+        steps = tl.load(tl.load(tensor + _STEPS_AT).to(tl.pointer_type(tl.float32)))
         kept = tl.exp((steps * tl.load(numbers + _LOG_BETA)).to(tl.float64))
         e = tl.where(steps > 0, e / (1 - kept).to(tl.float32), float("nan"))
 
     mine = partials + here * _SUMS
-    tl.store(mine, a)
-    tl.store(mine + 1, b)
-    tl.store(mine + 2, c)
-    tl.store(mine + 3, e)
+    tl.store(mine + _DESCENT_SUM, a)
+    tl.store(mine + _CURVATURE_SUM, b)
+    tl.store(mine + _SQUARE_SUM, c)
+    tl.store(mine + _SIGNAL_SUM, e)
     tl.debug_barrier()  # all of the program's stores before the arrival that publishes them
-    expected = tl.load(layers + layer * 4 + 1)
+    layers += layer * _LAYERS
+    expected = tl.load(layers + _CHUNKS_AT)
     if tl.atomic_add(arrivals + layer, 1, sem="acq_rel") == expected - 1:
         tl.store(arrivals + layer, 0)  # for the next launch
-        first = tl.load(layers + layer * 4)
-        row = tl.load(layers + layer * 4 + 2).to(tl.pointer_type(tl.float32))
-        factor = tl.load(tl.load(layers + layer * 4 + 3).to(tl.pointer_type(tl.float32)))
+        first = tl.load(layers + _FIRST_AT)
+        row = tl.load(layers + _ROW_AT).to(tl.pointer_type(tl.float32))
+        factor = tl.load(tl.load(layers + _FACTOR_AT).to(tl.pointer_type(tl.float32)))
         sign = tl.load(numbers + _SIGN)
-        square = _total(partials + 2, first, expected, at_once)
-        curvature = _total(partials + 1, first, expected, at_once) * (tl.load(numbers + _SCALE) * factor)
+        square = _total(partials + _SQUARE_SUM, first, expected, at_once)
+        factor *= tl.load(numbers + _SCALE)
+        curvature = _total(partials + _CURVATURE_SUM, first, expected, at_once) * factor
         descent = square
         if with_gradient:
-            descent = _total(partials, first, expected, at_once) * -sign
+            descent = _total(partials + _DESCENT_SUM, first, expected, at_once) * -sign
         signal = square * float("nan")
         if with_momentum:
-            signal = _total(partials + 3, first, expected, at_once) * -sign
+            signal = _total(partials + _SIGNAL_SUM, first, expected, at_once) * -sign
         if finish:
             _finish(
                 descent.to(tl.float32),
@@ -303,23 +313,24 @@ def layer_rates(
                 out + layer * _COLUMNS,
             )
         else:
-            tl.store(out + layer * _SUMS, descent.to(tl.float32))
-            tl.store(out + layer * _SUMS + 1, curvature.to(tl.float32))
-            tl.store(out + layer * _SUMS + 2, square.to(tl.float32))
-            tl.store(out + layer * _SUMS + 3, signal.to(tl.float32))
+            out += layer * _SUMS
+            tl.store(out + _DESCENT_SUM, descent.to(tl.float32))
+            tl.store(out + _CURVATURE_SUM, curvature.to(tl.float32))
+            tl.store(out + _SQUARE_SUM, square.to(tl.float32))
+            tl.store(out + _SIGNAL_SUM, signal.to(tl.float32))
 
 
 @triton.jit
 def finish_layers(layers, numbers, sums, out):
     """Take the sums of layers, which may come from several processes, into their statistics; one program a layer."""
     layer = tl.program_id(0)
-    row = tl.load(layers + layer * 4 + 2).to(tl.pointer_type(tl.float32))
+    row = tl.load(layers + layer * _LAYERS + _ROW_AT).to(tl.pointer_type(tl.float32))
     mine = sums + layer * _SUMS
     _finish(
-        tl.load(mine),
-        tl.load(mine + 1),
-        tl.load(mine + 2),
-        tl.load(mine + 3),
+        tl.load(mine + _DESCENT_SUM),
+        tl.load(mine + _CURVATURE_SUM),
+        tl.load(mine + _SQUARE_SUM),
+        tl.load(mine + _SIGNAL_SUM),
         row,
         numbers + layer * _NUMBERS,
         out + layer * _COLUMNS,
