@@ -44,7 +44,7 @@ def draw_step(benchmarks: list[dict], device: str, path: Path) -> None:
         axes.axhline(1, color="black", lw=0.8, ls=":")
         axes.spines[["top", "right"]].set_visible(False)
     left.set_ylim(0.8, max(b["ratio_mean"] for b in benchmarks) + 0.12)
-    right.set_ylim(0, right.get_ylim()[1] * 1.25)
+    right.set_ylim(0, right.get_ylim()[1] * 1.5)
     left.legend(fontsize=8, ncols=2, loc="upper left")
     right.legend(fontsize=8, ncols=2, loc="upper left")
     figure.suptitle(device, fontsize=9)
