@@ -99,7 +99,7 @@ struct Arguments {
 
 lwas::Call call_of(lwas::Rule rule, const lwas::Options& options, const Arguments& a, InOrder& memory) {
   const int64_t count = a.params.size();
-  const bool adam = rule == lwas::Rule::kAdamW;
+  const bool adam = rule == lwas::Rule::kAdamW || rule == lwas::Rule::kFreeAdamW;
   TORCH_CHECK_VALUE(int64_t(a.grads.size()) == count && int64_t(a.firsts.size()) == count &&
                         (!adam || int64_t(a.seconds.size()) == count),
                     "the lists are of different lengths");
@@ -112,17 +112,18 @@ lwas::Call call_of(lwas::Rule rule, const lwas::Options& options, const Argument
   TORCH_CHECK_VALUE(a.where.dim() == 2 && a.where.size(0) == count && a.where.size(1) == 2 && a.where.is_cpu() &&
                         a.where.scalar_type() == at::kLong && a.where.is_contiguous(),
                     "where must be a contiguous int64 tensor on the CPU, one (row, place) for each parameter");
-  TORCH_CHECK_VALUE(a.control.size() == 7, "control has ", a.control.size(), " numbers, not 7");
+  TORCH_CHECK_VALUE(a.control.size() == 8, "control has ", a.control.size(), " numbers, not 8");
   const int64_t* where = a.where.const_data_ptr<int64_t>();
 
   lwas::Call call;
   call.rule = rule;
   call.options = options;
-  call.control = {float(a.control[0]), scalar_pointer(a.lr, "lr_tensor", a.table),
-                  float(a.control[1]), float(a.control[2]),
-                  a.warming,           float(a.control[3]),
-                  float(a.control[4]), float(a.control[5]),
-                  float(a.control[6])};
+  const auto control = [&](int i) { return float(a.control[i]); };
+  call.control = {control(0), scalar_pointer(a.lr, "lr_tensor", a.table),
+                  control(1), control(2),
+                  control(3), a.warming,
+                  control(4), control(5),
+                  control(6), control(7)};
   call.sign = a.maximize ? -1.0f : 1.0f;
   call.table = a.table.mutable_data_ptr<float>();
   call.steps = a.steps.mutable_data_ptr<float>();
@@ -189,31 +190,31 @@ double log_or_infinity(double beta) { return beta > 0 ? std::log(beta) : -INFINI
 
 void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& table,
                 const Tensor& steps, const Tensor& where, at::ArrayRef<double> control, bool warming, double beta1,
-                double beta2, double eps, double weight_decay, bool maximize, const OptionalTensor& lr,
-                const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-  const lwas::Options options{float(1 - beta1),    float(1 - beta2),       float(eps),
-                              float(weight_decay), log_or_infinity(beta1), log_or_infinity(beta2)};
-  run(lwas::Rule::kAdamW, options,
+                double beta2, double eps, double weight_decay, bool maximize, bool schedule_free,
+                const OptionalTensor& lr, const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+  const lwas::Options options{float(1 - beta1),       float(1 - beta2),       float(eps), float(weight_decay),
+                              log_or_infinity(beta1), log_or_infinity(beta2), beta1};
+  run(schedule_free ? lwas::Rule::kFreeAdamW : lwas::Rule::kAdamW, options,
       {params, grads, exp_avgs, exp_avg_sqs, table, steps, where, control, warming, maximize, lr, grad_scale,
        found_inf});
 }
 
 void sgd_step(TensorList params, TensorList grads, TensorList momenta, const Tensor& table, const Tensor& steps,
               const Tensor& where, at::ArrayRef<double> control, bool warming, double momentum, double weight_decay,
-              bool maximize, const OptionalTensor& lr, const OptionalTensor& grad_scale,
+              bool maximize, bool schedule_free, const OptionalTensor& lr, const OptionalTensor& grad_scale,
               const OptionalTensor& found_inf) {
   const double log_beta = log_or_infinity(momentum);
-  const lwas::Options options{float(1 - momentum), 1, 0, float(weight_decay), log_beta, log_beta};
-  run(lwas::Rule::kSgd, options,
+  const lwas::Options options{float(1 - momentum), 1, 0, float(weight_decay), log_beta, log_beta, momentum};
+  run(schedule_free ? lwas::Rule::kFreeSgd : lwas::Rule::kSgd, options,
       {params, grads, momenta, {}, table, steps, where, control, warming, maximize, lr, grad_scale, found_inf});
 }
 
 // Nothing is returned and no shape changes: all there is to say of tensors without data.
 void adamw_step_meta(TensorList, TensorList, TensorList, TensorList, const Tensor&, const Tensor&, const Tensor&,
-                     at::ArrayRef<double>, bool, double, double, double, double, bool, const OptionalTensor&,
+                     at::ArrayRef<double>, bool, double, double, double, double, bool, bool, const OptionalTensor&,
                      const OptionalTensor&, const OptionalTensor&) {}
 void sgd_step_meta(TensorList, TensorList, TensorList, const Tensor&, const Tensor&, const Tensor&,
-                   at::ArrayRef<double>, bool, double, double, bool, const OptionalTensor&, const OptionalTensor&,
+                   at::ArrayRef<double>, bool, double, double, bool, bool, const OptionalTensor&, const OptionalTensor&,
                    const OptionalTensor&) {}
 
 }  // namespace
@@ -222,12 +223,13 @@ TORCH_LIBRARY(lwas_fast, m) {
   m.def(
       "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!) table, Tensor(e!) steps, Tensor where, float[] control, bool warming, float beta1, float beta2, "
-      "float eps, float weight_decay, bool maximize, Tensor? lr_tensor=None, Tensor? grad_scale=None, "
+      "float eps, float weight_decay, bool maximize, bool schedule_free, Tensor? lr_tensor=None, Tensor? "
+      "grad_scale=None, "
       "Tensor? found_inf=None) -> ()");
   m.def(
       "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(d!) table, Tensor(e!) steps, "
       "Tensor where, float[] control, bool warming, float momentum, float weight_decay, bool maximize, "
-      "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+      "bool schedule_free, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(lwas_fast, CPU, m) {

@@ -9,15 +9,30 @@
 
 namespace lwas {
 
-enum class Rule : uint8_t { kAdamW, kSgd };
+enum class Rule : uint8_t { kAdamW, kSgd, kFreeAdamW, kFreeSgd };
 enum class Kind : uint8_t { kFloat32, kBFloat16, kFloat16 };  // of parameter and gradient; state is float32
+
+// Calls body(R{}) with the formulae R of a rule.
+template <typename Body>
+auto with_rule(Rule rule, Body body) {
+  switch (rule) {
+    case Rule::kAdamW:
+      return body(AdamW{});
+    case Rule::kSgd:
+      return body(Sgd{});
+    case Rule::kFreeAdamW:
+      return body(FreeAdamW{});
+    default:
+      return body(FreeSgd{});
+  }
+}
 
 // One tensor. The four arrays have `size` elements each and lie in memory in the same order.
 struct Slot {
   void* param;
   const void* grad;
   float* first;
-  float* second;  // null for Sgd
+  float* second;  // null for Sgd and FreeSgd
   int64_t size;
   int32_t row;    // its layer, a row of the table; does not decrease from slot to slot
   int32_t place;  // where its step count stands

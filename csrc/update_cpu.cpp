@@ -83,7 +83,9 @@ LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rat
     totals.length += length;
     totals.size += size;
     totals.skipped += skipped;
-    totals.reach = std::max(totals.reach, rate * std::sqrt(double(length)));  // no less than the largest |rate * d|
+    // No less than the largest |rate * d|; where the length is of d with the decay, d may be longer by that.
+    const double decay = Rule::kFree && !Rule::kDecoupled ? o.weight_decay * std::sqrt(double(size)) : 0.0;
+    totals.reach = std::max(totals.reach, rate * (std::sqrt(double(length)) + decay));
   }
   return totals;
 }
@@ -91,15 +93,17 @@ LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rat
 template <typename Rule, typename Type>
 LWAS_HD void correct_chunk(const Options& options, const Bias& bias, float before, float limit, float rate,
                            float factor, typename Type::Storage* __restrict__ param,
-                           const typename Type::Storage* __restrict__ grad, const float* __restrict__ first,
+                           const typename Type::Storage* __restrict__ grad, float* __restrict__ first,
                            const float* __restrict__ second, int64_t count) {
   const Options o = options;
   const Bias b = bias;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const float v = Rule::kSecond ? second[i] : 0.0f;
-    param[i] = Type::store(correct_element<Rule>(o, b, before, limit, rate, Type::load(grad[i]) * factor,
-                                                 Type::load(param[i]), first[i], v));
+    float m = first[i];
+    param[i] = Type::store(
+        correct_element<Rule>(o, b, before, limit, rate, Type::load(grad[i]) * factor, Type::load(param[i]), m, v));
+    if (Rule::kFree) first[i] = m;
   }
 }
 
@@ -120,13 +124,15 @@ LWAS_HD void correct_chunk(const Options& options, const Bias& bias, float befor
                               RULE::kSecond ? s.second + start : nullptr, count);                                    \
   }
 
-LWAS_LOOPS(AdamW, Float32)
-LWAS_LOOPS(Sgd, Float32)
-LWAS_LOOPS(AdamW, BFloat16)
-LWAS_LOOPS(Sgd, BFloat16)
+#define LWAS_ALL_LOOPS(TYPE)  \
+  LWAS_LOOPS(AdamW, TYPE)     \
+  LWAS_LOOPS(Sgd, TYPE)       \
+  LWAS_LOOPS(FreeAdamW, TYPE) \
+  LWAS_LOOPS(FreeSgd, TYPE)
+LWAS_ALL_LOOPS(Float32)
+LWAS_ALL_LOOPS(BFloat16)
 #ifdef __FLT16_MAX__
-LWAS_LOOPS(AdamW, Float16)
-LWAS_LOOPS(Sgd, Float16)
+LWAS_ALL_LOOPS(Float16)
 #endif
 
 struct Loops {
@@ -134,21 +140,31 @@ struct Loops {
   decltype(&correct_AdamW_Float32) correct;
 };
 
+#define LWAS_LOOPS_OF(TYPE)                                        \
+  switch (rule) {                                                  \
+    case Rule::kAdamW:                                             \
+      return {advance_AdamW_##TYPE, correct_AdamW_##TYPE};         \
+    case Rule::kSgd:                                               \
+      return {advance_Sgd_##TYPE, correct_Sgd_##TYPE};             \
+    case Rule::kFreeAdamW:                                         \
+      return {advance_FreeAdamW_##TYPE, correct_FreeAdamW_##TYPE}; \
+    case Rule::kFreeSgd:                                           \
+      return {advance_FreeSgd_##TYPE, correct_FreeSgd_##TYPE};     \
+  }                                                                \
+  break
+
 Loops loops_for(Rule rule, Kind kind) {
-  const bool adam = rule == Rule::kAdamW;
   switch (kind) {
     case Kind::kFloat32:
-      return adam ? Loops{advance_AdamW_Float32, correct_AdamW_Float32}
-                  : Loops{advance_Sgd_Float32, correct_Sgd_Float32};
+      LWAS_LOOPS_OF(Float32);
     case Kind::kBFloat16:
-      return adam ? Loops{advance_AdamW_BFloat16, correct_AdamW_BFloat16}
-                  : Loops{advance_Sgd_BFloat16, correct_Sgd_BFloat16};
+      LWAS_LOOPS_OF(BFloat16);
     case Kind::kFloat16:
 #ifdef __FLT16_MAX__
-      return adam ? Loops{advance_AdamW_Float16, correct_AdamW_Float16}
-                  : Loops{advance_Sgd_Float16, correct_Sgd_Float16};
-#endif
+      LWAS_LOOPS_OF(Float16);
+#else
       break;
+#endif
   }
   throw std::runtime_error("float16 parameters: not supported by the compiler that built lwas_fast; use foreach=True");
 }
@@ -188,8 +204,7 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
   for (int i = 0; i < tensors; ++i) {
     const float* row = call.table + int64_t(call.slots[i].row) * kColumns;
     Layer& layer = layers[layer_of[i]];
-    layer.near =
-        call.rule == Rule::kAdamW ? waits<AdamW>(call.options, control, row) : waits<Sgd>(call.options, control, row);
+    layer.near = with_rule(call.rule, [&](auto rule) { return waits<decltype(rule)>(call.options, control, row); });
     layer.rate = layer.near ? 0.0f : first_rate(control, row);
     layer.limit = limit_of(row, layer.elements);
   }

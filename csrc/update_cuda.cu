@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   __syncthreads();
   const Bias bias = bias_shared;
   const float rate = rate_shared, limit = limit_shared, factor = factor_of(s);
-  const bool write = state_shared > 0;
+  const bool write = Rule::kFree || state_shared > 0;
 
   Sums sums;
   with_type(table.kind[tensor], [&](auto type) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int64_t left = table.size[tensor] - start;
     with_type(table.kind[tensor], [&](auto type) {
       using T = decltype(type);
-      for_each_element<T, Rule::kSecond, false>(
+      for_each_element<T, Rule::kSecond, Rule::kFree>(
           static_cast<T*>(table.param[tensor]) + start, static_cast<const T*>(table.grad[tensor]) + start,
           table.first[tensor] + start, table.second[tensor] + start, left < kChunk ? int(left) : kChunk,
           table.kind[tensor] & kAligned, true, [&](float& weight, float gradient, float& m, float& v) {
@@ -257,11 +257,7 @@ void update_cuda(const Call& call, float* partials, void* stream) {
   const Scalars scalars{call.options, call.control,    call.sign,      call.table,
                         call.steps,   call.grad_scale, call.found_inf, reinterpret_cast<Partial*>(partials)};
   const auto on = static_cast<cudaStream_t>(stream);
-  if (call.rule == Rule::kAdamW) {
-    run_with_table<AdamW>(call, scalars, on);
-  } else {
-    run_with_table<Sgd>(call, scalars, on);
-  }
+  with_rule(call.rule, [&](auto rule) { run_with_table<decltype(rule)>(call, scalars, on); });
 }
 
 }  // namespace lwas

@@ -41,6 +41,7 @@ struct Options {
   float share1, share2;  // 1 - beta, worked out in double: 1 - 0.999f is off by 1.3e-5 of itself
   float eps, weight_decay;
   double log_beta1, log_beta2;  // -inf where the beta is 0
+  double beta1;
 };
 
 // What turns a layer's rate into its step: the same for all layers of a call.
@@ -49,6 +50,7 @@ struct Control {
   const float* lr_tensor;
   float ramp;         // share of the measured rate that is applied in this step
   float warmup_rate;  // the rate in warm-up, and of layers never measured
+  float gain;         // what measured rates are multiplied by
   bool warming;
   float cap;           // largest ||r d|| / ||W||
   float largest_rate;  // largest r, whatever the norms (decoupled decay); may be infinite
@@ -56,14 +58,31 @@ struct Control {
   float margin;        // the layer counts as near the cap when its step was within this factor of it
 };
 
+// What depends on the number of the tensor's update alone.
 struct Bias {
   float first;   // -1 / (1 - beta1^n)
   float second;  // 1 / sqrt(1 - beta2^n)
+  // Schedule-free, with c = 1/n the share of the new iterate in the average:
+  float ahead;       // 1 - beta1 (1 - c): of a move of the iterate, that the weights make
+  float pull;        // beta1 c: of iterate minus average, by which the weights approach the iterate
+  float rest;        // 1 - c: of iterate minus average, what is left of it
+  float undo_ahead;  // how far the weights are from where they were, by the move and by the state that is there now:
+  float undo_pull;   // pull / rest, and ahead - undo_pull
 };
 
 LWAS_HD Bias bias_of(const Options& o, float step) {
+  Bias b;
   // expm1: 1 - beta^n would cost float32 four digits at beta = 0.999.
-  return {float(-1.0 / -expm1(step * o.log_beta1)), float(1.0 / sqrt(-expm1(step * o.log_beta2)))};
+  b.first = float(-1.0 / -expm1(step * o.log_beta1));
+  b.second = float(1.0 / sqrt(-expm1(step * o.log_beta2)));
+  const double c = 1.0 / step;
+  b.ahead = float(1.0 - o.beta1 * (1.0 - c));
+  b.pull = float(o.beta1 * c);
+  b.rest = float(1.0 - c);
+  // In its first update a tensor's state is 0 before and after.
+  b.undo_pull = step > 1 ? float(o.beta1 / (step - 1.0)) : 0.0f;
+  b.undo_ahead = step > 1 ? float(1.0 - o.beta1) : 1.0f;
+  return b;
 }
 
 // A gradient counts as finite when its square is: a second moment must not become infinite.
@@ -73,15 +92,18 @@ LWAS_HD bool is_finite(float gradient) { return gradient * gradient <= 3.4028234
 // value stays so for any share.
 LWAS_HD float averaged(float average, float value, float share) { return (average - share * average) + share * value; }
 
+// With momentum, the first state is the gradient's average; schedule-free, it is the iterate minus the average of the
+// iterates, and the weights are that average plus 1 - beta1 times the state.
 struct AdamW {
   static constexpr bool kSecond = true;
   static constexpr bool kDecoupled = true;
+  static constexpr bool kFree = false;
 
   LWAS_HD static void advance(const Options& o, float gradient, float, float& first, float& second) {
     first = averaged(first, gradient, o.share1);
     second = averaged(second, gradient * gradient, o.share2);
   }
-  LWAS_HD static float direction(const Options& o, const Bias& b, float first, float second) {
+  LWAS_HD static float direction(const Options& o, const Bias& b, float, float first, float second) {
     return b.first * first / (sqrtf(second) * b.second + o.eps);
   }
 };
@@ -89,11 +111,35 @@ struct AdamW {
 struct Sgd {
   static constexpr bool kSecond = false;
   static constexpr bool kDecoupled = false;
+  static constexpr bool kFree = false;
 
   LWAS_HD static void advance(const Options& o, float gradient, float weight, float& first, float&) {
     first = averaged(first, gradient + o.weight_decay * weight, o.share1);
   }
-  LWAS_HD static float direction(const Options&, const Bias& b, float first, float) { return b.first * first; }
+  LWAS_HD static float direction(const Options&, const Bias& b, float, float first, float) { return b.first * first; }
+};
+
+struct FreeAdamW {
+  static constexpr bool kSecond = true;
+  static constexpr bool kDecoupled = true;
+  static constexpr bool kFree = true;
+
+  LWAS_HD static void advance(const Options& o, float gradient, float, float&, float& second) {
+    second = averaged(second, gradient * gradient, o.share2);
+  }
+  LWAS_HD static float direction(const Options& o, const Bias& b, float gradient, float, float second) {
+    return -gradient / (sqrtf(second) * b.second + o.eps);
+  }
+};
+
+// Its direction is without the decay, which acts on the weights beside it: so a step can be taken back.
+struct FreeSgd {
+  static constexpr bool kSecond = false;
+  static constexpr bool kDecoupled = false;
+  static constexpr bool kFree = true;
+
+  LWAS_HD static void advance(const Options&, float, float, float&, float&) {}
+  LWAS_HD static float direction(const Options&, const Bias&, float gradient, float, float) { return -gradient; }
 };
 
 template <typename Rule>
@@ -126,23 +172,39 @@ LWAS_HD void advance_element(const Options& o, const Bias& b, float rate, float 
   Rule::advance(o, gradient, weight, m, v);
   first = finite ? m : first;
   if (Rule::kSecond) second = finite ? v : second;
-  const float direction = Rule::direction(o, b, m, v);
+  const float direction = Rule::direction(o, b, gradient, m, v);
   const float d = finite ? direction : 0.0f;
   const float move = rate * d;
-  sums.length += d * d;
+  const float whole = Rule::kFree && !Rule::kDecoupled && finite ? d - o.weight_decay * weight : d;
+  sums.length += whole * whole;
   sums.size += weight * weight;
   sums.skipped += finite ? 0.0f : 1.0f;
   const float size = fabsf(move);
   sums.reach = size > sums.reach ? size : sums.reach;
-  const float next = kept<Rule>(o, rate) * weight + held_back(move, limit);
-  weight = finite ? next : weight;
+  if (Rule::kFree) {
+    const float step = held_back(move, limit) - rate * o.weight_decay * weight;
+    const float next = weight + (b.ahead * step + b.pull * first), offset = b.rest * (first + step);
+    weight = finite ? next : weight;
+    first = finite ? offset : first;
+  } else {
+    const float next = kept<Rule>(o, rate) * weight + held_back(move, limit);
+    weight = finite ? next : weight;
+  }
 }
 
 // Second pass, one element: the weight, which the first has moved at the rate `before`, moves by rate * d in its stead.
 template <typename Rule>
 LWAS_HD float correct_element(const Options& o, const Bias& b, float before, float limit, float rate, float gradient,
-                              float weight, float first, float second) {
-  const float d = Rule::direction(o, b, first, second);
+                              float weight, float& first, float second) {
+  const float d = Rule::direction(o, b, gradient, first, second);
+  if (Rule::kFree) {  // moves add up, and only the decay asks for the weight before
+    const float moved = held_back(before * d, limit), decay = before * o.weight_decay;
+    const float start = (weight - b.undo_ahead * moved - b.undo_pull * first) / (1.0f - b.undo_ahead * decay);
+    const float more = rate * (d - o.weight_decay * start) - (moved - decay * start);
+    const float next = weight + b.ahead * more, offset = first + b.rest * more;
+    first = is_finite(gradient) ? offset : first;
+    return is_finite(gradient) ? next : weight;
+  }
   const float back = (weight - held_back(before * d, limit)) / kept<Rule>(o, before);
   const float start = before != 0.0f ? back : weight;
   const float next = kept<Rule>(o, rate) * start + rate * d;
@@ -151,7 +213,7 @@ LWAS_HD float correct_element(const Options& o, const Bias& b, float before, flo
 
 LWAS_HD float rate_of(const Control& c, const float* row) {
   const bool measured = !c.warming && row[kWeight] > 0;
-  return measured ? row[kAverage] / row[kWeight] : c.warmup_rate;
+  return measured ? c.gain * (row[kAverage] / row[kWeight]) : c.warmup_rate;
 }
 
 LWAS_HD float multiplier_of(const Control& c) { return c.lr * c.ramp * (c.lr_tensor ? *c.lr_tensor : 1.0f); }
@@ -162,11 +224,11 @@ LWAS_HD float first_rate(const Control& c, const float* row) {
   return (rate < c.largest_rate ? rate : c.largest_rate) * multiplier_of(c);
 }
 
-// Whether the first pass is to leave a layer's weights alone: because its step may be capped (so where nothing is
+// Whether the first pass is to move a layer's weights at rate 0: because its step may be capped (so where nothing is
 // known), or because it decays by so much that it could not be taken back.
 template <typename Rule>
 LWAS_HD bool waits(const Options& o, const Control& c, const float* row) {
-  if (Rule::kDecoupled && !(first_rate(c, row) * o.weight_decay < 0.5f)) return true;
+  if ((Rule::kDecoupled || Rule::kFree) && !(first_rate(c, row) * o.weight_decay < 0.5f)) return true;
   return !(c.margin * rate_of(c, row) * row[kLength] < c.cap * row[kSize]);
 }
 

@@ -20,24 +20,37 @@ from lwas_fast.update import Moving, bias_correction, each
 class AdamWLW(LayerwiseOptimizer):
     r"""AdamW whose step size is measured, layer by layer, instead of given.
 
+    By default it is schedule-free: with :math:`v \leftarrow \beta_2 v + (1-\beta_2) g^2` and g the gradient at W,
+
     .. math::
-        m \leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \quad
-        d = -\hat m / (\sqrt{\hat v} + \epsilon), \quad W \leftarrow (1 - r\gamma) W + r\, d
+        d = -g / (\sqrt{\hat v} + \epsilon), \quad Z \leftarrow Z + r (d - \gamma W), \quad
+        X \leftarrow X + \tfrac1k (Z - X), \quad W = \beta_1 X + (1 - \beta_1) Z
 
-    with r the layer's rate, bounded by ``cap``, and γ the decoupled weight decay.
+    in the k-th step: Z moves, W is trained on, and X, the average of all Z, is evaluated (`eval`, `train`). With
+    ``schedule_free=False`` it is AdamW:
 
-    Source: Bahamou & Goldfarb, arXiv 2305.13664 (AdamW-LW); cap, growth limit and noise factor are ours.
+    .. math::
+        m \leftarrow \beta_1 m + (1-\beta_1) g, \quad d = -\hat m / (\sqrt{\hat v} + \epsilon), \quad
+        W \leftarrow (1 - r\gamma) W + r\, d
+
+    r is the layer's rate, in the first case times :math:`1/\sqrt{1-\beta_1}`, bounded by ``cap``; γ is the decoupled
+    weight decay.
+
+    Sources: Bahamou & Goldfarb, arXiv 2305.13664 (AdamW-LW); Defazio et al., arXiv 2405.15682 (schedule-free).
+    Their combination, cap, growth limit and noise factor are ours.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs (best: they make the layers), or group dictionaries.
         lr: Dimensionless multiplier of every rate, for schedulers; 1 means the measured rate.
-        betas: Decays of the averages of the gradient and of its square, each in [0, 1).
+        betas: Share of the average in the weights that are trained on (with momentum: decay of the gradient's average),
+            and decay of the average of the gradient's square; each in [0, 1).
         eps: Added to the denominator; greater than 0.
         weight_decay: Decoupled decay; it enters the measured curvature too.
         ramp_steps: Measured rates grow linearly from 0 to full over this many steps.
-        cap: Most that a step may change a layer, as a share of its weights' norm.
-        noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off.
+        cap: Most that a step may change a layer, as a share of its weights' norm. Default 0.2, with momentum 0.1.
+        noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off. Needs momentum.
         warmup_rate: The rate in warm-up and of layers never measured.
+        schedule_free: Whether to train schedule-free, or with momentum.
         **common: See :class:`lwas_fast.optimizer.LayerwiseOptimizer`.
 
     Raises:
@@ -45,6 +58,7 @@ class AdamWLW(LayerwiseOptimizer):
     """
 
     _buffers = ("exp_avg", "exp_avg_sq")
+    _free_buffers = ("offset", "exp_avg_sq")
     _fused = staticmethod(fused.adamw)
     _decoupled = True
     _average = "exp_avg"
@@ -58,14 +72,17 @@ class AdamWLW(LayerwiseOptimizer):
         weight_decay: float = 1e-2,
         *,
         ramp_steps: int = 0,
-        cap: float = 0.1,
+        cap: float | None = None,
         noise_exponent: float = 0.0,
         warmup_rate: float = 1e-3,
+        schedule_free: bool = True,
         layers: LayerRule = None,
         **common: Unpack[Common],
     ):
+        cap = (0.2 if schedule_free else 0.1) if cap is None else cap
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own |= {"ramp_steps": ramp_steps, "cap": cap, "noise_exponent": noise_exponent, "warmup_rate": warmup_rate}
+        own["schedule_free"] = schedule_free
         super().__init__(params, own, layers, common)
 
     def _decay(self, group: dict[str, Any]) -> float:
@@ -91,15 +108,17 @@ class AdamWLW(LayerwiseOptimizer):
 
     def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
         beta1, beta2 = group["betas"]
-        first = [state["exp_avg"] for state in states]
         second = [state["exp_avg_sq"] for state in states]
         squares = torch._foreach_mul(moving.gradients, moving.gradients)
-        torch._foreach_lerp_(first, moving.taking_part(moving.gradients, first), 1 - beta1)
         torch._foreach_lerp_(second, moving.taking_part(squares, second), 1 - beta2)
         steps = moving.count(states)
         denominators = list(torch._foreach_div(second, each(bias_correction(steps, beta2), moving.weights)))
         torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, group["eps"])
+        if group["schedule_free"]:
+            return list(torch._foreach_div(moving.gradients, torch._foreach_neg(denominators)))
+        first = [state["exp_avg"] for state in states]
+        torch._foreach_lerp_(first, moving.taking_part(moving.gradients, first), 1 - beta1)
         directions = list(torch._foreach_div(first, each(-bias_correction(steps, beta1), moving.weights)))
         torch._foreach_div_(directions, denominators)
         return directions

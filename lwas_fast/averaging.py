@@ -1,17 +1,41 @@
-"""The average of a run's last weights, which is to be evaluated in their place.
+"""Averages of a run's weights, which are to be evaluated in their place.
 
 Measured rates fit most of a run and are too long for its end: the weights keep moving about the point that they have
-come to. A schedule on `lr` would end that, where the run's length is known; the average ends it at any time. Averages
-whose window grows with the run are polynomial-decay averages (Shamir & Zhang, ICML 2013).
+come to. A schedule on `lr` would end that, where the run's length is known; the average ends it at any time.
+
+Schedule-free optimizers train on a mixture of average and iterate and so have it at hand: `swap` puts it into the
+model and takes it out again. For training with momentum there is `averaged`, beside the optimizer: averages whose
+window grows with the run are polynomial-decay averages (Shamir & Zhang, ICML 2013).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+if TYPE_CHECKING:
+    from lwas_fast.optimizer import LayerwiseOptimizer
+
+
+@torch.no_grad()
+def swap(opt: LayerwiseOptimizer, training: bool) -> None:
+    """Put the weights to train on, or their average, into the parameters of schedule-free groups.
+
+    Args:
+        opt: Whose parameters; they hold one of the two already, as its groups' ``train_mode`` says.
+        training: Which it is to be.
+    """
+    for group in opt.param_groups:
+        if group["schedule_free"] and group["train_mode"] != training:
+            alpha = (1 if training else -1) * (1 - opt._decay(group))
+            for param in group["params"]:
+                if state := opt.state.get(param):
+                    offset = state["offset"]
+                    param.copy_(param.to(offset.dtype).add(offset, alpha=alpha))
+        group["train_mode"] = training
 
 
 def averaged(model: nn.Module, share: float = 0.05) -> AveragedModel:

@@ -43,12 +43,14 @@ def checked(opt: LayerwiseOptimizer, state_dict: dict[str, Any]) -> dict[str, An
             entry = state_dict["state"].get(key)
             if not entry:
                 continue
-            if missing := {"step", "layer", *opt._buffers} - set(entry):
+            buffers = opt._buffers_of(group | saved)
+            if missing := {"step", "layer", *buffers} - set(entry):
                 raise ValueError(
                     f"the saved state of parameter {parameter_name(group, i)} lacks {sorted(missing)[0]!r}: "
-                    f"it is not of a {type(opt).__name__}"
+                    f"it is not of a {type(opt).__name__}, or of one with another schedule_free= (with momentum: "
+                    "schedule_free=False)"
                 )
-            for name in opt._buffers:
+            for name in buffers:
                 if entry[name].shape != param.shape:
                     raise ValueError(
                         f"the saved {name} of parameter {parameter_name(group, i)} has shape "

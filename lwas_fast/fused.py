@@ -32,16 +32,19 @@ class _Common(NamedTuple):
     last: tuple[Any, ...]
 
 
-def _common(bucket: Bucket, selection: Selection, group: dict[str, Any], scaling: Scaling, decoupled: bool) -> _Common:
+def _common(
+    bucket: Bucket, selection: Selection, group: dict[str, Any], scaling: Scaling, decoupled: bool, beta: float
+) -> _Common:
     lr: float | Tensor = group["lr"]
     on_device = None
     if isinstance(lr, Tensor) and lr.is_cuda and lr.device == bucket.table.device:
         on_device, lr = lr.to(torch.float32), 1.0  # to read it here would wait for the device
-    warming, warmup_rate, ramp, cap, largest = rates.control(group, decoupled)
-    control = [float(lr), ramp, warmup_rate, cap, largest, RMS_FLOOR, NEAR]
+    warming, warmup_rate, gain, ramp, cap, largest = rates.control(group, decoupled, beta)
+    control = [float(lr), ramp, warmup_rate, gain, cap, largest, RMS_FLOOR, NEAR]
     scalars = (_scalar(value, bucket.table) for value in scaling)
     return _Common(
-        (bucket.table, bucket.steps, selection.where, control, warming), (group["maximize"], on_device, *scalars)
+        (bucket.table, bucket.steps, selection.where, control, warming),
+        (group["maximize"], group["schedule_free"], on_device, *scalars),
     )
 
 
@@ -60,11 +63,11 @@ def adamw(
     Raises:
         TypeError: A dtype that the operator does not take. Nothing has been changed.
     """
-    common = _common(bucket, selection, group, scaling, decoupled=True)
+    common = _common(bucket, selection, group, scaling, True, group["betas"][0])
     torch.ops.lwas_fast.adamw_step(
         selection.params,
         [p.grad for p in selection.params],
-        [state["exp_avg"] for state in states],
+        [state["offset" if group["schedule_free"] else "exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         *common.first,
         *group["betas"],
@@ -78,11 +81,11 @@ def sgd(
     bucket: Bucket, selection: Selection, group: dict[str, Any], states: list[dict[str, Any]], scaling: Scaling
 ) -> None:
     """Take an SGD step with momentum; see `adamw`."""
-    common = _common(bucket, selection, group, scaling, decoupled=False)
+    common = _common(bucket, selection, group, scaling, False, group["momentum"])
     torch.ops.lwas_fast.sgd_step(
         selection.params,
         [p.grad for p in selection.params],
-        [state["momentum_buffer"] for state in states],
+        [state["offset" if group["schedule_free"] else "momentum_buffer"] for state in states],
         *common.first,
         group["momentum"],
         group["weight_decay"],

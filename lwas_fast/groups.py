@@ -59,7 +59,8 @@ def prepare(
         rule: Its ``layers=``.
 
     Returns:
-        A copy with ``layer_names``, ``steps``, ``next_refresh`` and ``last_refresh``, each tensor in it once.
+        A copy, each tensor in it once, with ``layer_names``, ``steps``, ``next_refresh``, ``last_refresh`` and
+        ``train_mode``.
 
     Raises:
         TypeError: No dictionary, or an entry that is no tensor.
@@ -87,6 +88,7 @@ def prepare(
     group["steps"] = 0
     group["next_refresh"] = group.get("warmup_steps", defaults["warmup_steps"])
     group["last_refresh"] = None
+    group["train_mode"] = all(g["train_mode"] for g in earlier)
     return group
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lwas_fast import backends, checkpoint, fused_rates, groups, measure, options, rates
+from lwas_fast import averaging, backends, checkpoint, fused_rates, groups, measure, options, rates
 from lwas_fast.curvature import Here
 from lwas_fast.layers import Bucket, LayerRule, Selection, make_buckets, state_dtype
 from lwas_fast.measure import Measured
@@ -65,7 +65,8 @@ class LayerwiseOptimizer(Optimizer):
         ValueError: A hyperparameter out of range; a sparse or complex parameter; an impossible ``layers=``.
     """
 
-    _buffers: tuple[str, ...]  # names of the state tensors shaped like the parameter
+    _buffers: tuple[str, ...]  # names of the state tensors shaped like the parameter, with momentum
+    _free_buffers: tuple[str, ...]  # and schedule-free
     _step_supports_amp_scaling = True  # GradScaler: sets grad_scale and found_inf instead of waiting for the device
     _average: str  # which of them is the average of the gradient
     _decoupled: bool  # whether weight decay acts on the weights rather than through the gradient
@@ -155,6 +156,31 @@ class LayerwiseOptimizer(Optimizer):
                 found[name] |= {c.name.lower(): int(row[c]) for c in shown if Column.REFRESHES <= c <= Column.SKIPPED}
         return found
 
+    # ---- the average ---------------------------------------------------------------------------------------------
+
+    def eval(self) -> None:
+        """Put the average of the iterates into the parameters: before evaluating the model, and before saving it.
+
+        Schedule-free optimizers train on other weights than those that are best (see the class). BatchNorm's running
+        statistics are those of the weights trained on: run some training batches through the model before it is
+        evaluated (``torch.optim.swa_utils.update_bn``). With ``schedule_free=False`` parameters stay as they are.
+        """
+        averaging.swap(self, training=False)
+
+    def train(self, mode: bool = True) -> None:
+        """Put the weights to train on back into the parameters, after `eval`.
+
+        Args:
+            mode: False does what `eval` does.
+        """
+        averaging.swap(self, training=mode)
+
+    def _check_mode(self) -> None:
+        if not all(group["train_mode"] for group in self.param_groups):
+            raise RuntimeError(
+                "the parameters hold the average of the weights since opt.eval(): call opt.train() before training on"
+            )
+
     # ---- backward -----------------------------------------------------------------------------------------------
 
     def backward(
@@ -188,8 +214,9 @@ class LayerwiseOptimizer(Optimizer):
             TypeError: `loss` is no tensor, or no callable where one is needed.
             ValueError: `loss` is no scalar or has no graph.
             CurvatureError: The curvature cannot be had; names the operation and the way out.
-            RuntimeError: `backward` was called twice without `step` or `zero_grad`.
+            RuntimeError: `backward` was called twice without `step` or `zero_grad`, or after `eval`.
         """
+        self._check_mode()
         if self._complete and any(p.grad is not None for g in self.param_groups for p in g["params"]):
             raise RuntimeError(
                 "opt.backward() was called twice without opt.step() or opt.zero_grad() between. To accumulate "
@@ -223,8 +250,10 @@ class LayerwiseOptimizer(Optimizer):
 
         Raises:
             TypeError: The closure returned no tensor, or a gradient is sparse. Nothing has been updated.
-            RuntimeError: ``fused=True``, and the compiled update cannot serve. Nothing has been updated.
+            RuntimeError: ``fused=True``, and the compiled update cannot serve; or `eval` was called, but not `train`.
+                Nothing has been updated.
         """
+        self._check_mode()
         value = None if closure is None else measure.run_closure(self, closure)
         groups.check_dense(self.param_groups, attrgetter("grad"))
         moving = []
@@ -271,7 +300,12 @@ class LayerwiseOptimizer(Optimizer):
             if implementation == "fused":
                 self._fused(bucket, selection, group, states, scaling)
             else:
-                step_selection(bucket, selection, group, states, scaling, self._advance, self._decoupled)
+                step_selection(
+                    bucket, selection, group, states, scaling, self._advance, self._decoupled, self._decay(group)
+                )
+
+    def _buffers_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._free_buffers if group["schedule_free"] else self._buffers
 
     def _state_of(self, bucket: Bucket, i: int) -> dict[str, Any]:
         """The state of a bucket's i-th parameter; zeros, not yet entered in `state`, before its first step."""
@@ -283,7 +317,7 @@ class LayerwiseOptimizer(Optimizer):
         count.zero_()  # of a state that was thrown away
         zeros = {
             name: torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
-            for name in self._buffers
+            for name in self._buffers_of(self.param_groups[bucket.group])
         }
         # Views of the bucket's: a layer's numbers travel with its parameters.
         return {"step": count, **zeros, "layer": bucket.table[bucket.row[i]]}
@@ -302,7 +336,7 @@ class LayerwiseOptimizer(Optimizer):
     # ---- the optimizers' own formulae ---------------------------------------------------------------------------
 
     def _decay(self, group: dict[str, Any]) -> float:
-        """The decay of the gradient's average."""
+        """The decay of the gradient's average, or the average's share in schedule-free weights."""
         raise NotImplementedError
 
     def _directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
@@ -346,6 +380,7 @@ class LayerwiseOptimizer(Optimizer):
             for name in options.RULES.keys() & self.defaults.keys():  # torch's __setstate__ adds defaults of its own
                 group.setdefault(name, self.defaults[name])
             group.setdefault("last_refresh", None)
+            group.setdefault("train_mode", True)
         if loading is not None:
             checkpoint.fit_state(self.param_groups, self.state, loading)
         self._reset()

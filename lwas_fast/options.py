@@ -105,6 +105,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "damping": _number(0, math.inf, open_high=True),
     "negative_curvature": _one_of("abs", "skip"),
     "self_concordance": _number(0, math.inf, open_high=True),
+    "schedule_free": _one_of(True, False),
     "maximize": _one_of(True, False),
     "foreach": _one_of(None, True, False),
     "fused": _one_of(None, True, False),
@@ -129,5 +130,12 @@ def check(options: dict[str, Any], where: str = "") -> None:
             valid, allowed = RULES[name]
             if not valid(value):
                 raise ValueError(f"{name}={value!r}{where} is not valid: it must be {allowed}")
+    if options.get("schedule_free"):
+        for name, without in (("probe", "gradient"), ("noise_exponent", 0)):
+            if options.get(name, without) != without:
+                raise ValueError(
+                    f"{name}={options[name]!r}{where} needs momentum, which a schedule-free optimizer does not have: "
+                    f"pass schedule_free=False, or {name}={without!r}"
+                )
     if options.get("fused") and options.get("foreach"):
         raise ValueError(f"fused=True and foreach=True{where} exclude each other: leave one of them out")

@@ -153,6 +153,7 @@ class Control(NamedTuple):
     Attributes:
         warming: Whether this is a step of the warm-up.
         warmup_rate: The rate then, and of layers never refreshed.
+        gain: What measured rates are multiplied by before the cap.
         ramp: Share of the measured rate that is applied.
         cap: Largest share of its norm by which a layer may move.
         largest_rate: Largest rate, whatever the norms: with decoupled decay, decaying by more than `cap` is a runaway
@@ -161,19 +162,31 @@ class Control(NamedTuple):
 
     warming: bool
     warmup_rate: float
+    gain: float
     ramp: float
     cap: float
     largest_rate: float
 
 
-def control(group: dict[str, Any], decoupled: bool) -> Control:
-    """Read off a group, with ``steps`` done so far, what its next step needs."""
+def gain(beta: float) -> float:
+    """How much longer than the measured step a schedule-free one is: 1 / sqrt(1 - beta).
+
+    A step moves the average's far end in full but the weights, for now, by 1 - beta of it only: the measured step would
+    be `1` for the former and ``1 / (1 - beta)`` for the latter. This is the geometric mean; docs/method.md has what was
+    measured about it.
+    """
+    return 1 / math.sqrt(1 - beta)
+
+
+def control(group: dict[str, Any], decoupled: bool, beta: float) -> Control:
+    """Read off a group, with ``steps`` done so far and ``beta`` its averages' decay, what its next step needs."""
     since_warmup = group["steps"] - group["warmup_steps"]
     warming = since_warmup < 0
     ramp = 1.0 if warming or not group["ramp_steps"] else min(1.0, (since_warmup + 1) / group["ramp_steps"])
     decays = decoupled and group["weight_decay"] > 0
     largest = group["cap"] / group["weight_decay"] if decays else math.inf
-    return Control(warming, group["warmup_rate"], ramp, group["cap"], largest)
+    longer = gain(beta) if group["schedule_free"] else 1.0
+    return Control(warming, group["warmup_rate"], longer, ramp, group["cap"], largest)
 
 
 def apply(
@@ -195,6 +208,7 @@ def apply(
     """
     new = table.clone()
     rate = current(table, control.warmup_rate)
+    rate = torch.where(table[:, Column.WEIGHT] > 0, rate * control.gain, rate)
     if control.warming:
         rate = torch.full_like(rate, control.warmup_rate)
     bound = torch.where(lengths > 0, control.cap * sizes / lengths, math.inf)

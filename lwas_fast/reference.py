@@ -1,7 +1,8 @@
 """The method itself, in float64, plain and slow: the oracle that the rest of the package is tested against.
 
 After Bahamou & Goldfarb, arXiv 2305.13664 (its published summary). Of a layer λ = 1..L: W weights, g
-gradient, m, v moments, H_λλ block of the Hessian, n updates with this one; k steps before; γ weight decay.
+gradient, m, v moments, H_λλ block of the Hessian, n updates with this one; k steps before; γ weight decay. β₁ is SGD's
+momentum.
 
     ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ + γ‖d‖²    t = ρ / (δ (δ + (M/2) ρ)),  M = 2
     F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d
@@ -21,13 +22,19 @@ down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← 
 
 Every step, with the gradient as it then stands (clipped, accumulated):
 
-    m ← m⁺, v ← v⁺, d = −Dm̂    a = cap · max(‖W‖, 0.01√N)/‖d‖    (AdamW, γ > 0: at most cap/γ)
-    r = min(rate, a) · lr · min(1, (k − warmup_steps + 1)/ramp_steps)    (warm-up: min(warmup_rate, a) · lr)
-    W ← W + rd (SGD)    W ← (1 − rγ)W + rd (AdamW)
+    v ← v⁺                      a = cap · max(‖W‖, 0.01√N)/‖d‖    (AdamW, γ > 0: at most cap/γ)
+    r = min(G rate, a) · lr · min(1, (k − warmup_steps + 1)/ramp_steps)    (warm-up: min(warmup_rate, a) · lr)
+
+    schedule-free (Defazio et al., arXiv 2405.15682; Z = X = W at the start):    d = −Dg    G = 1/√(1−β₁)
+    Z ← Z + rd (SGD)            Z ← Z + r(d − γW) (AdamW)
+    X ← X + (Z − X)/n           W ← β₁X + (1−β₁)Z
+
+    with momentum:              m ← m⁺    d = −Dm̂    G = 1
+    W ← W + rd (SGD)            W ← (1 − rγ)W + rd (AdamW)
 
 NaN, Inf, ρ ≤ 0 (and c ≤ 0 under "skip") leave a layer's statistics alone. An element whose squared gradient is not
 finite is left alone and no part of ‖d‖; n counts updates that leave any element alive. From the summary: ρ, δ²,
-t, its bound, T, γ, warm-up, EMA. Ours: all else, from probes to guards.
+t, its bound, T, γ, warm-up, EMA. Ours: all else, from probes to guards, and G.
 """
 
 import dataclasses
@@ -90,12 +97,13 @@ class Hyper:
     curvature: str = "signs"
     probe: str = "gradient"
     rate_horizon: float | None = None
-    noise_exponent: float = 0.125
-    cap: float = 0.03
+    noise_exponent: float = 0.0
+    schedule_free: bool = True
+    cap: float = 0.2
     max_growth: float = 10.0
     warmup_steps: int = 0
     warmup_rate: float = 1e-2
-    ramp_steps: int = 50
+    ramp_steps: int = 0
     damping: float = 0.0
     negative_curvature: str = "abs"
     self_concordance: float = 2.0
@@ -111,6 +119,7 @@ class Reference:
 
     Attributes:
         W: The layers, (N,) float64 tensors, replaced at every step.
+        Z, X: Likewise the iterates and their averages, if schedule-free.
         applied: r of the last step per layer; 0 where the layer was left alone.
         last: Per layer descent (ρ), curvature (c, raw) and q of the last usable refresh; NaN before it.
         events: Per layer, how often each of `EVENTS` happened.
@@ -122,6 +131,7 @@ class Reference:
     def __init__(self, W: Sequence[Tensor], **hyper: Any) -> None:
         self.hyper = dataclasses.replace(self.defaults, **hyper)
         self.W = [w.detach().to(torch.float64, copy=True) for w in W]
+        self.Z, self.X = list(self.W), list(self.W)
         self.m, self.v = ([torch.zeros_like(w) for w in self.W] for _ in range(2))
         self.S, self.R, self.E, self.w, self.applied = ([0.0] * len(W) for _ in range(5))
         self.k, self.n = 0, [0] * len(W)  # steps and updates done so far
@@ -211,15 +221,22 @@ class Reference:
         m, v, m_hat, D = self._moments(i, g)
         self.m[i], self.v[i] = torch.where(alive, m, self.m[i]), torch.where(alive, v, self.v[i])
         self.n[i] += 1
-        d, since = torch.where(alive, -D * m_hat, 0.0), self.k - h.warmup_steps
+        d, since = torch.where(alive, -D * (g if h.schedule_free else m_hat), 0.0), self.k - h.warmup_steps
         decay = h.weight_decay if self.adam else 0.0
-        rate = self.rate[i] if since >= 0 else h.warmup_rate
+        beta1 = h.betas[0] if self.adam else h.momentum
+        G = 1 / math.sqrt(1 - beta1) if h.schedule_free and self.w[i] > 0 else 1.0
+        rate = G * self.rate[i] if since >= 0 else h.warmup_rate
         ramp = min(1.0, (since + 1) / h.ramp_steps) if since >= 0 and h.ramp_steps > 0 else 1.0
         a = (h.cap * W.norm().clamp(min=0.01 * math.sqrt(W.numel())) / d.norm()).item()  # Inf where d = 0
         a = min(a, h.cap / decay) if decay > 0 else a  # decaying by more than `cap` is a runaway as well
         self.events[i]["capped"] += int(rate > a)
         r = self.applied[i] = min(rate, a) * h.lr * ramp
-        self.W[i] = torch.where(alive, (1 - r * decay) * W + r * d, W)
+        if h.schedule_free:
+            self.Z[i] = torch.where(alive, self.Z[i] + r * (d - decay * W), self.Z[i])
+            self.X[i] = torch.where(alive, self.X[i] + (self.Z[i] - self.X[i]) / self.n[i], self.X[i])
+            self.W[i] = beta1 * self.X[i] + (1 - beta1) * self.Z[i]
+        else:
+            self.W[i] = torch.where(alive, (1 - r * decay) * W + r * d, W)
 
 
 class ReferenceSGDLW(Reference):
@@ -231,4 +248,4 @@ class ReferenceSGDLW(Reference):
 class ReferenceAdamWLW(Reference):
     """AdamW-LW: Adam's direction, decoupled weight decay."""
 
-    adam, defaults = True, Hyper(weight_decay=0.01, cap=0.1, warmup_rate=1e-3, ramp_steps=0, noise_exponent=0.0)
+    adam, defaults = True, Hyper(weight_decay=0.01, warmup_rate=1e-3)

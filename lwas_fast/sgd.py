@@ -20,25 +20,36 @@ from lwas_fast.update import Moving, bias_correction, each
 class SGDLW(LayerwiseOptimizer):
     r"""SGD with momentum whose step size is measured, layer by layer, instead of given.
 
-    With g the gradient plus ``weight_decay`` times the weights (L2):
+    With g the gradient at W plus ``weight_decay`` times W (L2), it is by default schedule-free:
+
+    .. math::
+        Z \leftarrow Z - r\, g, \qquad X \leftarrow X + \tfrac1k (Z - X), \qquad W = \beta X + (1 - \beta) Z
+
+    in the k-th step: Z moves, W is trained on, and X, the average of all Z, is evaluated (`eval`, `train`). With
+    ``schedule_free=False`` it has momentum:
 
     .. math::
         m \leftarrow \beta m + (1 - \beta) g, \qquad d = -\hat m, \qquad W \leftarrow W + r\, d
 
-    where :math:`\hat m` is bias-corrected and r is the layer's rate, bounded by ``cap``. Momentum is an average, so a
-    gradient moves the weights by r times itself in total, and the rate measured on it fits.
+    where :math:`\hat m` is bias-corrected. Momentum is an average, so a gradient moves the weights by r times itself in
+    total, and the rate measured on it fits. r is the layer's rate, in the first case times
+    :math:`1/\sqrt{1-\beta}`, bounded by ``cap``.
 
-    Source: Bahamou & Goldfarb, arXiv 2305.13664 (SGD-m-LW); ramp, cap, growth limit and noise factor are ours.
+    Sources: Bahamou & Goldfarb, arXiv 2305.13664 (SGD-m-LW); Defazio et al., arXiv 2405.15682 (schedule-free). Their
+    combination, ramp, cap, growth limit and noise factor are ours.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs (best: they make the layers), or group dictionaries.
         lr: Dimensionless multiplier of every rate, for schedulers; 1 means the measured rate.
-        momentum: Decay of the gradient's average, in [0, 1).
+        momentum: Share of the average in the weights that are trained on (with momentum: decay of the gradient's
+            average), in [0, 1).
         weight_decay: L2 coefficient; it enters the measured curvature too.
-        ramp_steps: Measured rates grow linearly from 0 to full over this many steps.
-        cap: Most that a step may change a layer, as a share of its weights' norm.
-        noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off.
+        ramp_steps: Measured rates grow linearly from 0 to full over this many steps. Default 0, with momentum 50.
+        cap: Most that a step may change a layer, as a share of its weights' norm. Default 0.2, with momentum 0.03.
+        noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off. Needs momentum, and is
+            1/8 with it by default.
         warmup_rate: The rate in warm-up and of layers never measured.
+        schedule_free: Whether to train schedule-free, or with momentum.
         **common: See :class:`lwas_fast.optimizer.LayerwiseOptimizer`.
 
     Raises:
@@ -46,6 +57,7 @@ class SGDLW(LayerwiseOptimizer):
     """
 
     _buffers = ("momentum_buffer",)
+    _free_buffers = ("offset",)
     _fused = staticmethod(fused.sgd)
     _decoupled = False
     _average = "momentum_buffer"
@@ -57,14 +69,19 @@ class SGDLW(LayerwiseOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         *,
-        ramp_steps: int = 50,
-        cap: float = 0.03,
-        noise_exponent: float = 0.125,
+        ramp_steps: int | None = None,
+        cap: float | None = None,
+        noise_exponent: float | None = None,
         warmup_rate: float = 1e-2,
+        schedule_free: bool = True,
         layers: LayerRule = None,
         **common: Unpack[Common],
     ):
-        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        # With momentum its first steps, where rates are largest, are what it never recovers from: docs/method.md.
+        ramp_steps = (0 if schedule_free else 50) if ramp_steps is None else ramp_steps
+        cap = (0.2 if schedule_free else 0.03) if cap is None else cap
+        noise_exponent = (0.0 if schedule_free else 0.125) if noise_exponent is None else noise_exponent
+        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "schedule_free": schedule_free}
         own |= {"ramp_steps": ramp_steps, "cap": cap, "noise_exponent": noise_exponent, "warmup_rate": warmup_rate}
         super().__init__(params, own, layers, common)
 
@@ -85,9 +102,12 @@ class SGDLW(LayerwiseOptimizer):
 
     def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
         beta, decay = group["momentum"], group["weight_decay"]
-        momenta = [state["momentum_buffer"] for state in states]
         if decay != 0:
             torch._foreach_add_(moving.gradients, moving.weights, alpha=decay)
+        if group["schedule_free"]:
+            moving.count(states)
+            return list(torch._foreach_neg(moving.gradients))
+        momenta = [state["momentum_buffer"] for state in states]
         torch._foreach_lerp_(momenta, moving.taking_part(moving.gradients, momenta), 1 - beta)
         correction = bias_correction(moving.count(states), beta)
         return list(torch._foreach_div(momenta, each(-correction, moving.weights)))

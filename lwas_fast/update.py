@@ -89,6 +89,7 @@ def step_selection(
     scaling: Scaling,
     advance: Advance,
     decoupled: bool,
+    beta: float,
 ) -> None:
     """Take one step with some of a bucket's tensors, all of which have a gradient.
 
@@ -100,6 +101,7 @@ def step_selection(
         scaling: What a GradScaler wants done with the gradients.
         advance: Updates the states and returns the directions (fresh tensors).
         decoupled: Whether weight decay acts on the weights here (AdamW) or came with the gradient (SGD).
+        beta: Decay of the gradient's average, or the average's share in a schedule-free step.
     """
     dtype = bucket.table.dtype
     weights = [p.to(state_dtype(p)) for p in selection.params]  # p itself unless half precision
@@ -116,16 +118,40 @@ def step_selection(
     lengths = selection.per_layer(squared_norms(directions, dtype)).sqrt()
     sizes = selection.per_layer(squared_norms(weights, dtype)).sqrt().maximum(selection.floor)
     old = bucket.table[selection.rows]
-    control = rates.control(group, decoupled)
+    control = rates.control(group, decoupled, beta)
     table = rates.apply(old, sizes, lengths, moving.moves, moving.skips, group["lr"], control)
     applied = table[:, rates.Column.APPLIED]
     if scaling.found_inf is not None:
         table = torch.where(scaling.found_inf.to(table.device) == 0, table, old)
     bucket.table[selection.rows] = table
     torch._foreach_mul_(directions, selection.per_tensor(applied))
-    if decoupled and group["weight_decay"] != 0:
-        kept = torch._foreach_mul(weights, selection.per_tensor(1 - applied * group["weight_decay"]))
-        moved = torch._foreach_add(kept, directions)
-        torch._foreach_copy_(selection.params, moving.taking_part(moved, weights))
+    decay = group["weight_decay"] if decoupled else 0.0
+    if group["schedule_free"]:
+        if decay != 0:
+            torch._foreach_sub_(directions, torch._foreach_mul(weights, selection.per_tensor(applied * decay)))
+        moved = _average_in(directions, weights, states, moving, beta)
+    elif decay != 0:
+        moved = list(torch._foreach_mul(weights, selection.per_tensor(1 - applied * decay)))
+        torch._foreach_add_(moved, directions)
     else:
-        torch._foreach_copy_(selection.params, torch._foreach_add(weights, directions))
+        moved = list(torch._foreach_add(weights, directions))
+    torch._foreach_copy_(selection.params, moving.taking_part(moved, weights))
+
+
+def _average_in(
+    moves: list[Tensor], weights: list[Tensor], states: list[dict[str, Any]], moving: Moving, beta: float
+) -> list[Tensor]:
+    """Move the iterates, take them into their averages, and return the weights between both to train on.
+
+    A tensor's state holds its iterate minus its average; its weights are the average plus 1 - beta of that.
+    """
+    shares = [1 / state["step"].clamp(min=1).to(w.dtype) for state, w in zip(states, weights, strict=True)]
+    offsets = [state["offset"] for state in states]
+    ahead = list(torch._foreach_add(offsets, moves))  # the iterate minus the average before it
+    # In the increments of both, so that where nothing moves the weights stay to the last bit.
+    moved = list(torch._foreach_mul(moves, [1 - beta + beta * c for c in shares]))
+    torch._foreach_add_(moved, torch._foreach_mul(offsets, [beta * c for c in shares]))
+    torch._foreach_add_(moved, weights)
+    torch._foreach_mul_(ahead, [1 - c for c in shares])
+    torch._foreach_copy_(offsets, moving.taking_part(ahead, offsets))
+    return moved

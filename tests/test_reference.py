@@ -49,7 +49,7 @@ def test_four_numbers_by_hand(options, z, c, t):
     # ρ = Σ|g| = (2, 5).  q = (2, 2).  Blocks: ⟨d₁, H₁₁d₁⟩ = 1 + 1 = 2 and ⟨d₂, H₂₂d₂⟩ = 4 + 3 = 7.
     # Between the layers H has w₂w₃ only: d₂·1·d₃ = 1·(−1) = −1, times z₁z₂.
     W = [vec(1, -2), vec(1, 1)]
-    hyper = {"eps": 0.0, "weight_decay": 0.5, "cap": math.inf} | options
+    hyper = {"eps": 0.0, "weight_decay": 0.5, "cap": math.inf, "schedule_free": False} | options
     ref = ReferenceAdamWLW(W, **hyper)
     ref.step(four_numbers, z)
     assert [last["descent"] for last in ref.last] == pytest.approx([2, 5], rel=1e-15)

@@ -23,7 +23,7 @@ def test_a_warm_up_without_end_is_torchs_adamw():
     loss, W, _ = tiny_net((3, 4, 2), 0)
     params = [w.clone().requires_grad_() for w in W]
     shared = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1}
-    ref = ReferenceAdamWLW(W, **shared, cap=math.inf, warmup_steps=99, warmup_rate=0.02, ramp_steps=7)
+    ref = ReferenceAdamWLW(W, **shared, cap=math.inf, warmup_steps=99, warmup_rate=0.02, schedule_free=False)
     adamw = torch.optim.AdamW(params, lr=0.02, **shared)
     for _ in range(30):
         adamw.zero_grad()
@@ -37,7 +37,7 @@ def test_a_warm_up_without_end_is_torchs_adamw():
 
 def test_momentum_is_the_weighted_mean_of_the_gradients():
     hyper = {"momentum": 0.8, "weight_decay": 0.5}
-    ref = ReferenceSGDLW([vec(5)], **hyper, cap=math.inf, warmup_steps=99, warmup_rate=0.1)
+    ref = ReferenceSGDLW([vec(5)], **hyper, cap=math.inf, warmup_steps=99, warmup_rate=0.1, schedule_free=False)
     w, seen = 5.0, []
     for k in range(10):
         given = math.sin(k)
@@ -81,7 +81,7 @@ def test_maximize_is_minimising_the_negative(method, probe):
 
 def test_clipping_changes_the_update_and_not_the_measurement():
     loss, W, _ = tiny_net((3, 4, 2), 5)
-    raw, clipped = (ReferenceAdamWLW(W) for _ in range(2))
+    raw, clipped = (ReferenceAdamWLW(W, schedule_free=False) for _ in range(2))
     raw.step(loss, [1.0, -1.0])
     clipped.step(loss, [1.0, -1.0], [torch.zeros_like(w) for w in W])
     assert raw.rate == clipped.rate
@@ -102,7 +102,7 @@ def test_nan_gradient_leaves_its_elements_alone(method):
     def loss(W):
         return (W[0] @ W[0] + W[1] @ W[1]) / 2
 
-    ref = method([vec(1, 2), vec(3, 4)], weight_decay=0.1, update_every=1, curvature="blocks")
+    ref = method([vec(1, 2), vec(3, 4)], weight_decay=0.1, update_every=1, curvature="blocks", schedule_free=False)
     ref.step(loss)
     frozen = [x[0] for x in (ref.m, ref.v, ref.n, ref.S, ref.R, ref.E, ref.w, ref.last)]
     before = [w.clone() for w in ref.W]

@@ -39,7 +39,7 @@ class Rule:
         make: From named parameters and options to the optimizer.
         module: The package that has it, as one imports it; empty for ours and torch's.
         package: The same, as one installs it.
-        modes: Whether it has a train and an eval mode (Schedule-Free).
+        modes: Whether it has a train and an eval mode (ours, Schedule-Free), unless told not to be schedule-free.
         graph: Whether its `step` differentiates the gradient once more (AdaHessian, Sophia-H).
     """
 
@@ -64,8 +64,8 @@ def _torch(kind: type[Optimizer], **fixed: Any) -> Factory:
 
 _MANY, _FREE = "pytorch_optimizer", "schedulefree"
 RULES = {
-    "adamwlw": Rule(AdamWLW),
-    "sgdlw": Rule(SGDLW),
+    "adamwlw": Rule(AdamWLW, modes=True),
+    "sgdlw": Rule(SGDLW, modes=True),
     "adamw": Rule(_torch(torch.optim.AdamW)),
     "sgd": Rule(_torch(torch.optim.SGD, momentum=0.9, lr=1e-2)),
     "prodigy": Rule(_of("prodigyopt", "Prodigy"), "prodigyopt", "prodigyopt"),
@@ -147,6 +147,7 @@ class Trainer:
         options = {"weight_decay": weight_decay, **dict(name.options)}
         schedule, share = options.pop("schedule", "constant"), options.pop("average", None)
         self.average = None if share is None else averaged(model, share)
+        self.modes = self.rule.modes and options.get("schedule_free", True)
         self.model, self.steps = model, 0
         self.optimizer = self.rule.make(list(model.named_parameters()), **options)
         self.scheduler = None
@@ -154,7 +155,7 @@ class Trainer:
             self.scheduler = torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
             )
-        if self.rule.modes:
+        if self.modes:
             self.optimizer.train()
 
     def step(self, loss: Callable[[], Tensor]) -> Tensor:
@@ -177,15 +178,15 @@ class Trainer:
 
     @contextmanager
     def evaluating(self, model: nn.Module, forward: Callable[[int], object]) -> Iterator[None]:
-        """The weights that are to be judged: for Schedule-Free and with `average` the average, others' as they are.
+        """The weights that are to be judged: schedule-free and with `average` the average, others' as they are.
 
         Args:
             model: The model trained.
             forward: Evaluates a training mini-batch. BatchNorm's statistics are those of the weights trained with, so
-                Schedule-Free's authors have some batches evaluated with the average before it is judged.
+                some batches are evaluated with the average before it is judged, as Schedule-Free's authors have it.
         """
         averages = self.average is not None and self.steps >= AVERAGE_EVERY
-        if not self.rule.modes and not averages:
+        if not self.modes and not averages:
             yield
             return
         if averages:
