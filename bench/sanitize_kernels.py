@@ -14,11 +14,12 @@ def main() -> None:
     total = torch.zeros((), device="cuda")
     for kind in (AdamWLW, SGDLW):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for cap in (0.1, 1e-4):
+            for cap, free in ((0.1, False), (1e-4, False), (0.1, True), (1e-4, True)):
                 params = [
                     torch.randn(n + 3, device="cuda").to(dtype)[k:].requires_grad_() for k in (0, 3) for n in SIZES
                 ]
-                opt = kind(params, update_every=2, noise_exponent=0.5, cap=cap, fused=True)
+                noise = 0.0 if free else 0.5
+                opt = kind(params, update_every=2, schedule_free=free, noise_exponent=noise, cap=cap, fused=True)
                 for _ in range(3):
                     opt.zero_grad()
                     opt.backward(sum((p.float() ** 2 * torch.randn_like(p.float())).sum() for p in params))

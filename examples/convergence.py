@@ -56,6 +56,7 @@ def train(X: torch.Tensor, y: torch.Tensor, parts: list[int], least: float) -> t
         layers,
         weight_decay=GAMMA,
         momentum=0.0,
+        schedule_free=False,  # plain gradient descent
         curvature="blocks",
         update_every=1,
         noise_exponent=0.0,

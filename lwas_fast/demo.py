@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from lwas_fast import AdamWLW
 from lwas_fast.data import HOW_TO_GET, NAMES, Images, load_images
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 STEPS = {"fashion-mnist": 900, "digits": 300}
 QUICK_STEPS, WARM_UP_STEPS = 60, 3
+BATCHES_FOR_NORM = 50
 EVALUATED = 10_000  # images of the training set on which the training loss is measured at the end
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "AdamWLW": lambda model: AdamWLW(model.named_parameters()),
@@ -108,7 +110,10 @@ def compare(data: Images, batches: Sequence[Tensor], seed: int, bars: Bars) -> l
                 take_step(run, model, optimizer, x, y)
                 if not warm_up:
                     bars.advance(run)
-    for run, model in zip(runs, models, strict=True):
+    for run, model, optimizer in zip(runs, models, optimizers, strict=True):
+        if isinstance(optimizer, AdamWLW):
+            optimizer.eval()  # the average of the weights, which BatchNorm has gathered no statistics with
+            update_bn((data.x_train[batch] for batch in batches[-BATCHES_FOR_NORM:]), model)
         run.train_loss, _ = evaluate(model, data.x_train[:EVALUATED], data.y_train[:EVALUATED])
         run.test_loss, run.test_accuracy = evaluate(model, data.x_test, data.y_test)
     return runs

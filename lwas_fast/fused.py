@@ -18,7 +18,7 @@ from lwas_fast.update import Scaling
 # A layer whose step was within this factor of its cap has its weights moved in a second pass, when the norms are known;
 # others in the first, and corrected if they turn out to be capped, which takes a direction that many times as long as
 # the one before. Results are the same up to rounding: one more, at about the weights' own size, where it was corrected.
-NEAR = 4.0
+NEAR = 2.0
 
 
 def _scalar(value: Tensor | None, table: Tensor) -> Tensor | None:

@@ -48,6 +48,32 @@ def test_momentum_is_the_weighted_mean_of_the_gradients():
         assert ref.W[0].item() == pytest.approx(w, rel=1e-13)
 
 
+def test_three_schedule_free_steps_by_hand():
+    # Gradients 1, 2, 4 at rate 0.1, momentum 1/2: Z = 4.9, 4.7, 4.3; X = 4.9, 4.8, 13.9/3; W = (X + Z)/2.
+    ref = ReferenceSGDLW([vec(5)], momentum=0.5, cap=math.inf, warmup_steps=99, warmup_rate=0.1)
+    found = []
+    for given in (1, 2, 4):
+        ref.step(lambda W: W[0].sum(), gradient=[vec(given)])
+        found.append((ref.Z[0].item(), ref.X[0].item(), ref.W[0].item()))
+    expected = [(4.9, 4.9, 4.9), (4.7, 4.8, 4.75), (4.3, 13.9 / 3, (13.9 / 3 + 4.3) / 2)]
+    assert [x for row in found for x in row] == pytest.approx([x for row in expected for x in row], rel=1e-14)
+
+
+def test_a_schedule_free_step_is_longer_than_the_measured_one():
+    # F = ½w² at w = 1: t = ½, and momentum ¾ makes the step 1/√¼ = 2 times that: Z = X = W = 1 - 1.
+    ref = ReferenceSGDLW([vec(1)], **PLAIN | {"schedule_free": True, "momentum": 0.75})
+    ref.step(lambda W: W[0] @ W[0] / 2)
+    assert ref.rate == pytest.approx([0.5])
+    assert ref.applied == pytest.approx([1.0])
+    close(ref.W[0], vec(0))
+    # A cap holds the whole step; decoupled decay acts along with it, at most by the cap: d = -1, Z = 1 + 0.05 (-1 - 2).
+    hyper = PLAIN | {"schedule_free": True, "betas": (0.75, 0.9), "cap": 0.1, "weight_decay": 2.0}
+    ref = ReferenceAdamWLW([vec(1)], **hyper, eps=0.0)
+    ref.step(lambda W: W[0] @ W[0] / 2)
+    assert ref.applied == pytest.approx([0.05])  # cap / weight_decay
+    close(ref.Z[0], vec(1 + 0.05 * (-1 - 2)))
+
+
 def test_warm_up_ramp_schedule_and_lr():
     # F = ½w² at w = 1 whatever happens (the update's gradient is 0): t = 1/(1·2) = ½ at every refresh.
     hyper = {"warmup_steps": 2, "warmup_rate": 0.01, "ramp_steps": 4, "update_every": 3, "lr": 3.0}
@@ -234,6 +260,6 @@ def test_cap_of_the_decay():
 def test_warm_up_is_capped_too_and_all_events_are_named():
     ref = ReferenceSGDLW([vec(1)], warmup_steps=1, warmup_rate=0.5, momentum=0.0)
     ref.step(lambda W: W[0].sum())
-    assert ref.applied == pytest.approx([0.03])
+    assert ref.applied == pytest.approx([0.2])
     assert fired(ref) == {"capped": 1}
     assert set(ref.events[0]) == set(EVENTS)
