@@ -144,6 +144,7 @@ def test_names_have_one_spelling_and_errors_say_what_is_wrong():
     chosen = run.parse(["--optimizers", "adamwlw,sgd:lr=0.1,schedule=cosine", "adamw", "--sweep", "--seeds", "1-3"])
     assert chosen.optimizers == [Name("adamwlw"), *sweep("sgd"), *sweep("adamw")] and chosen.seeds == [1, 2, 3]
     assert len(set(map(str, sweep("sgd")))) == 14
+    assert Name.parse("sgd:lr=0.1,schedule=constant") == Name.parse("sgd:lr=0.1")
     assert str(run.parse(["--optimizers", "adamw,sgd:lr=.1,schedule=cosine"]).optimizers[1]) == (
         "sgd:lr=0.1,schedule=cosine"
     )
@@ -197,6 +198,27 @@ def test_curve_is_the_mean_of_the_steps_since_the_last_point(monkeypatch):
     assert coarse["loss"] == pytest.approx([sum(fine[:5]) / 5, sum(fine[5:]) / 5])
 
 
+def test_rates_of_ours_are_kept_and_drawn(tmp_path):
+    found = trained("adamwlw", 20)
+    assert found["rates"] and {len(rates) for rates in found["rates"].values()} == {len(found["curve"]["step"])}
+    assert "rates" not in trained("adamw", 3)
+    (picture,) = report.draw_rates("tiny", {"adamwlw:update_every=1": {"tiny": [found]}, "adamw": {}}, tmp_path)
+    assert picture.name == "tiny-adamwlw_update_every=1-rates.png" and picture.stat().st_size > 10_000
+
+
+def test_schedule_free_the_average_is_judged():
+    problem = TINY.build(0)
+    trainer = Trainer(Name.parse("adamwlw"), problem.model, 40, 0.0)
+    for step in range(25):
+        trainer.step(lambda step=step: problem.loss(problem.model, step))
+    before = [p.detach().clone() for p in problem.model.parameters()]
+    offset = trainer.optimizer.state[next(problem.model.parameters())]["offset"].clone()
+    with trainer.evaluating(problem.model, lambda step: problem.loss(problem.model, step)):
+        torch.testing.assert_close(next(problem.model.parameters()).detach(), before[0] - 0.1 * offset)
+    for p, a in zip(problem.model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), a)
+
+
 def test_a_run_cut_short_leaves_no_result(tmp_path):
     path = tmp_path / "tiny" / "x-seed0.json"
     with pytest.raises(TypeError):
@@ -245,7 +267,7 @@ def test_report_picks_the_best_rate_and_hides_nothing(tmp_path, capsys):
     lines = (tmp_path / "pictures" / "quality.md").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("## Final training loss"))
     assert lines[start + 4 : start + 8] == [
-        "| adamw, best constant | 0.4000 ± 0.1000 (lr 0.01, best of 3) | 0 of 2 |",
+        "| adamw, best constant | 0.4000 ± 0.1000 (lr 0.01, best of 4) | 0 of 2 |",
         "| adamw, best cosine | 0.2000 ± 0.0000 (lr 0.01, best of 1) | 0 of 2 |",
         f"| {PARAMETER_FREE[0]} | 0.6000 ± 0.0000 | 0 of 2 |",
         "| adamwlw | 0.3000 ± 0.0500 (1/3 collapsed) | 1 of 3 |",
@@ -262,7 +284,7 @@ def test_report_picks_the_best_rate_and_hides_nothing(tmp_path, capsys):
 
 def test_the_average_is_judged_and_the_weights_are_trained_on():
     problem = TINY.build(0)
-    trainer = Trainer(Name.parse("adamwlw:average=0.5"), problem.model, 40, 0.0)
+    trainer = Trainer(Name.parse("adamwlw:average=0.5,schedule_free=False"), problem.model, 40, 0.0)
     for step in range(25):
         trainer.step(lambda step=step: problem.loss(problem.model, step))
     before = [p.detach().clone() for p in problem.model.parameters()]

@@ -108,6 +108,8 @@ class Name:
                 options[key] = value  # a word
         if options.get("schedule", "constant") not in SCHEDULES:
             raise ValueError(f"{text!r}: schedule must be one of {', '.join(SCHEDULES)}")
+        if options.get("schedule") == "constant":  # what is meant without: a run has one name
+            del options["schedule"]
         return cls(base, tuple(sorted(options.items())))
 
     def __str__(self) -> str:
@@ -175,6 +177,10 @@ class Trainer:
         if self.rule.graph:  # gradients with a graph keep their parameters alive in a cycle
             self.optimizer.zero_grad(set_to_none=True)
         return value.detach()
+
+    def rates(self) -> dict[str, float]:
+        """Each layer's rate, of ours."""
+        return self.optimizer.rates() if isinstance(self.optimizer, (AdamWLW, SGDLW)) else {}
 
     @contextmanager
     def evaluating(self, model: nn.Module, forward: Callable[[int], object]) -> Iterator[None]:

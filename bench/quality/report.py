@@ -1,8 +1,8 @@
 """Tables and pictures from the JSONs of bench.quality.run: python -m bench.quality.report [FOLDER] [--out FOLDER].
 
 Of AdamW and SGD given with a rate, the best rate is taken for each task and schedule: the one of lowest mean final
-training loss over the seeds, of those run on the most seeds. It is chosen on the very runs that are shown, which
-favours it a little.
+training loss over the seeds, of those run on the most seeds (a sweep on one seed may be followed by its best rates on
+more). It is chosen on runs that are shown, which favours it a little.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def best_rate(candidates: list[Runs]) -> Runs:
     most = max(map(len, candidates))
     whole = [runs for runs in candidates if len(runs) == most]
     best = min(whole, key=lambda runs: (mean_loss(runs), sum(run["collapsed"] for run in runs)))
-    rate = f"lr {best[0]['options']['lr']:g}, best of {len(whole)}"
+    rate = f"lr {best[0]['options']['lr']:g}, best of {len(candidates)}"
     return [{**run, "rate": rate} for run in best]
 
 
@@ -179,8 +179,30 @@ def draw(task: str, rows: Rows, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_rates(task: str, rows: Rows, folder: Path) -> list[Path]:
+    """Each layer's rate over the steps, a picture for each of ours that has them; of the first seed."""
+    drawn = []
+    for row, of_task in rows.items():
+        run = of_task[task][0] if task in of_task else {}
+        if "rates" not in run:
+            continue
+        figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+        for number, (layer, rates) in enumerate(run["rates"].items()):
+            axes.plot(
+                run["curve"]["step"], rates, color=plt.get_cmap("viridis")(number / len(run["rates"])), label=layer
+            )
+        axes.set(xlabel="steps", ylabel="measured rate", yscale="log", title=f"{task}: {row}, seed {run['seed']}")
+        axes.grid(alpha=0.3, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="layer, first to last")
+        drawn.append(folder / f"{task}-{row.replace(':', '_').replace(',', '_')}-rates.png")
+        figure.savefig(drawn[-1], dpi=130)
+        plt.close(figure)
+    return drawn
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Write quality.md and one picture a task."""
+    """Write quality.md, one picture a task, and one of the rates of each of ours."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.quality.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -199,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = rows_of(found)
     for task in found:
         draw(task, rows, out / f"{task}.png")
-        print("drawn:", out / f"{task}.png")
+        for path in (out / f"{task}.png", *draw_rates(task, rows, out)):
+            print("drawn:", path)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def train(run: Run, steps: int, full: bool, device: str, progress: Any = None) -
     seconds, taken, finite = 0.0, 0, True
     losses: list[float] = []
     curve: dict[str, list[float]] = {"step": [], "seconds": [], "loss": []}
+    rates: dict[str, list[float]] = {}
     evaluations: list[dict[str, float]] = []
     points = {round(steps * (i + 1) / POINTS) for i in range(POINTS)}
     checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
@@ -107,6 +108,8 @@ def train(run: Run, steps: int, full: bool, device: str, progress: Any = None) -
             for key, number in (("step", taken), ("seconds", seconds), ("loss", sum(losses) / len(losses))):
                 curve[key].append(number)
             losses.clear()
+            for layer, rate in trainer.rates().items():
+                rates.setdefault(layer, []).append(rate)
         if taken in checks:
             evaluate()
         if progress is not None:
@@ -130,6 +133,7 @@ def train(run: Run, steps: int, full: bool, device: str, progress: Any = None) -
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "seconds": seconds,
         "curve": curve,
+        **({"rates": rates} if rates else {}),
         "evaluations": evaluations,
         **peak_memory(device),
         "collapsed": not (finite and math.isfinite(last) and last <= first),
