@@ -50,6 +50,13 @@ __device__ __forceinline__ float widen(__half value) { return __half2float(value
 __device__ __forceinline__ void narrow(float value, float& to) { to = value; }
 __device__ __forceinline__ void narrow(float value, __nv_bfloat16& to) { to = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void narrow(float value, __half& to) { to = __float2half_rn(value); }
+// The value as a T holds it.
+template <typename T>
+__device__ __forceinline__ float rounded(float value) {
+  T narrowed;
+  narrow(value, narrowed);
+  return widen(narrowed);
+}
 
 // N elements that are loaded and stored in one instruction of at most 16 bytes, or a few.
 template <typename T, int N>
@@ -58,8 +65,9 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
 };
 
 // Calls body(weight, gradient, first, second) with references to floats for every element of a chunk, and writes back
-// what it changed: the state if kWriteState, the parameter if `write`. The second state is skipped unless kSecond.
-template <typename T, bool kSecond, bool kWriteState, typename Body>
+// what it changed: the states if kWriteFirst and kWriteSecond, the parameter if `write`. The second is skipped unless
+// kSecond.
+template <typename T, bool kSecond, bool kWriteFirst, bool kWriteSecond, typename Body>
 __device__ __forceinline__ void for_each_element(T* __restrict__ param, const T* __restrict__ grad,
                                                  float* __restrict__ first, float* __restrict__ second, int count,
                                                  bool aligned, bool write, Body body) {
@@ -79,15 +87,15 @@ __device__ __forceinline__ void for_each_element(T* __restrict__ param, const T*
       body(weight, widen(g.value[k]), m.value[k], v.value[k]);
       narrow(weight, p.value[k]);
     }
-    if (kWriteState) *reinterpret_cast<Wide*>(first + i) = m;
-    if (kWriteState && kSecond) *reinterpret_cast<Wide*>(second + i) = v;
+    if (kWriteFirst) *reinterpret_cast<Wide*>(first + i) = m;
+    if (kWriteSecond && kSecond) *reinterpret_cast<Wide*>(second + i) = v;
     if (write) *reinterpret_cast<Narrow*>(param + i) = p;
   }
   for (int i = whole + threadIdx.x; i < count; i += kThreads) {
     float weight = widen(param[i]), m = first[i], v = kSecond ? second[i] : 0.0f;
     body(weight, widen(grad[i]), m, v);
-    if (kWriteState) first[i] = m;
-    if (kWriteState && kSecond) second[i] = v;
+    if (kWriteFirst) first[i] = m;
+    if (kWriteSecond && kSecond) second[i] = v;
     if (write) narrow(weight, param[i]);
   }
 }

@@ -72,10 +72,12 @@ LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rat
     for (int64_t i = begin; i < end; ++i) {
       Sums sums;
       float weight = Type::load(param[i]), m = first[i], v = Rule::kSecond ? second[i] : 0.0f;
-      advance_element<Rule>(o, b, rate, limit, Type::load(grad[i]) * factor, weight, m, v, sums);
+      const float gradient = Type::load(grad[i]) * factor;
+      advance_element<Rule>(o, b, rate, limit, gradient, weight, m, v, sums);
+      param[i] = Type::store(weight);  // with momentum and at rate 0 what it was
+      if (sizeof(param[i]) < sizeof(float)) settle_state<Rule>(b, gradient, weight, Type::load(param[i]), m);
       first[i] = m;
       if (Rule::kSecond) second[i] = v;
-      param[i] = Type::store(weight);  // at rate 0 what it was
       length += sums.length;
       size += sums.size;
       skipped += sums.skipped;
@@ -101,9 +103,12 @@ LWAS_HD void correct_chunk(const Options& options, const Bias& bias, float befor
   for (int64_t i = 0; i < count; ++i) {
     const float v = Rule::kSecond ? second[i] : 0.0f;
     float m = first[i];
-    param[i] = Type::store(
-        correct_element<Rule>(o, b, before, limit, rate, Type::load(grad[i]) * factor, Type::load(param[i]), m, v));
-    if (Rule::kFree) first[i] = m;
+    const float gradient = Type::load(grad[i]) * factor;
+    const float weight = correct_element<Rule>(o, b, before, limit, rate, gradient, Type::load(param[i]), m, v);
+    param[i] = Type::store(weight);
+    if (!Rule::kFree) continue;
+    if (sizeof(param[i]) < sizeof(float)) settle_state<Rule>(b, gradient, weight, Type::load(param[i]), m);
+    first[i] = m;
   }
 }
 

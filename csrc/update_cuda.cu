@@ -78,11 +78,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   Sums sums;
   with_type(table.kind[tensor], [&](auto type) {
     using T = decltype(type);
-    for_each_element<T, Rule::kSecond, true>(
+    for_each_element<T, Rule::kSecond, true, true>(
         static_cast<T*>(table.param[tensor]) + start, static_cast<const T*>(table.grad[tensor]) + start,
         table.first[tensor] + start, table.second[tensor] + start, count, table.kind[tensor] & kAligned, write,
         [&](float& weight, float gradient, float& m, float& v) {
           advance_element<Rule>(s.options, bias, rate, limit, gradient * factor, weight, m, v, sums);
+          if (sizeof(T) < sizeof(float)) settle_state<Rule>(bias, gradient * factor, weight, rounded<T>(weight), m);
         });
   });
 
@@ -139,12 +140,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int64_t left = table.size[tensor] - start;
     with_type(table.kind[tensor], [&](auto type) {
       using T = decltype(type);
-      for_each_element<T, Rule::kSecond, Rule::kFree>(
+      for_each_element<T, Rule::kSecond, Rule::kFree, false>(
           static_cast<T*>(table.param[tensor]) + start, static_cast<const T*>(table.grad[tensor]) + start,
           table.first[tensor] + start, table.second[tensor] + start, left < kChunk ? int(left) : kChunk,
           table.kind[tensor] & kAligned, true, [&](float& weight, float gradient, float& m, float& v) {
             weight = correct_element<Rule>(s.options, bias, settled.before, settled.limit, settled.rate,
                                            gradient * factor, weight, m, v);
+            if (sizeof(T) < sizeof(float)) settle_state<Rule>(bias, gradient * factor, weight, rounded<T>(weight), m);
           });
     });
     __syncthreads();  // before bias_shared and settled_shared are written again

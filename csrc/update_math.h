@@ -63,11 +63,12 @@ struct Bias {
   float first;   // -1 / (1 - beta1^n)
   float second;  // 1 / sqrt(1 - beta2^n)
   // Schedule-free, with c = 1/n the share of the new iterate in the average:
-  float ahead;       // 1 - beta1 (1 - c): of a move of the iterate, that the weights make
-  float pull;        // beta1 c: of iterate minus average, by which the weights approach the iterate
-  float rest;        // 1 - c: of iterate minus average, what is left of it
-  float undo_ahead;  // how far the weights are from where they were, by the move and by the state that is there now:
-  float undo_pull;   // pull / rest, and ahead - undo_pull
+  float ahead;  // 1 - beta1 (1 - c): of a move of the iterate, that the weights make
+  float pull;   // beta1 c: of iterate minus average, by which the weights approach the iterate
+  float rest;   // 1 - c: of iterate minus average, what is left of it
+  // The weights before are those after, minus undo_ahead times the move, minus undo_pull times the state after.
+  float undo_ahead;  // ahead - pull
+  float undo_pull;   // pull / rest
 };
 
 LWAS_HD Bias bias_of(const Options& o, float step) {
@@ -142,6 +143,15 @@ struct FreeSgd {
   LWAS_HD static float direction(const Options&, const Bias&, float gradient, float, float) { return -gradient; }
 };
 
+// Schedule-free state, after rounding to the parameter's type has moved a weight from `exact` to `stored`: the iterate
+// makes the move that is left. If it made the whole move, small moves would be lost to the weights and pile up in
+// the state, and the average, which is the difference, would run off.
+template <typename Rule>
+LWAS_HD void settle_state(const Bias& b, float gradient, float exact, float stored, float& first) {
+  const float next = first + b.rest * ((stored - exact) / b.ahead);  // divided: a factor would cost a register
+  if (Rule::kFree) first = is_finite(gradient) ? next : first;
+}
+
 template <typename Rule>
 LWAS_HD float kept(const Options& o, float rate) {
   return Rule::kDecoupled ? 1.0f - rate * o.weight_decay : 1.0f;
@@ -200,7 +210,7 @@ LWAS_HD float correct_element(const Options& o, const Bias& b, float before, flo
   if (Rule::kFree) {  // moves add up, and only the decay asks for the weight before
     const float moved = held_back(before * d, limit), decay = before * o.weight_decay;
     const float start = (weight - b.undo_ahead * moved - b.undo_pull * first) / (1.0f - b.undo_ahead * decay);
-    const float more = rate * (d - o.weight_decay * start) - (moved - decay * start);
+    const float more = (rate * d - moved) - (rate - before) * o.weight_decay * start;
     const float next = weight + b.ahead * more, offset = first + b.rest * more;
     first = is_finite(gradient) ? offset : first;
     return is_finite(gradient) ? next : weight;

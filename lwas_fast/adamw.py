@@ -33,21 +33,22 @@ class AdamWLW(LayerwiseOptimizer):
         m \leftarrow \beta_1 m + (1-\beta_1) g, \quad d = -\hat m / (\sqrt{\hat v} + \epsilon), \quad
         W \leftarrow (1 - r\gamma) W + r\, d
 
-    r is the layer's rate, in the first case times :math:`1/\sqrt{1-\beta_1}`, bounded by ``cap``; γ is the decoupled
-    weight decay.
+    r is the layer's rate, in the first case times :math:`1/\sqrt{1-\beta_1+\beta_1/k}`, bounded by ``cap``; γ is the
+    decoupled weight decay.
 
     Sources: Bahamou & Goldfarb, arXiv 2305.13664 (AdamW-LW); Defazio et al., arXiv 2405.15682 (schedule-free).
     Their combination, cap, growth limit and noise factor are ours.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs (best: they make the layers), or group dictionaries.
-        lr: Dimensionless multiplier of every rate, for schedulers; 1 means the measured rate.
+        lr: Dimensionless multiplier of every step, for schedulers; 1 means what was measured.
         betas: Share of the average in the weights that are trained on (with momentum: decay of the gradient's average),
             and decay of the average of the gradient's square; each in [0, 1).
         eps: Added to the denominator; greater than 0.
         weight_decay: Decoupled decay; it enters the measured curvature too.
         ramp_steps: Measured rates grow linearly from 0 to full over this many steps.
-        cap: Most that a step may change a layer, as a share of its weights' norm. Default 0.2, with momentum 0.1.
+        cap: Most that a step may move a layer (schedule-free: its iterate), as a share of its weights' norm. Default
+            0.2, with momentum 0.1.
         noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off. Needs momentum.
         warmup_rate: The rate in warm-up and of layers never measured.
         schedule_free: Whether to train schedule-free, or with momentum.
@@ -59,6 +60,7 @@ class AdamWLW(LayerwiseOptimizer):
 
     _buffers = ("exp_avg", "exp_avg_sq")
     _free_buffers = ("offset", "exp_avg_sq")
+    _by_mode = {"cap": (0.2, 0.1)}
     _fused = staticmethod(fused.adamw)
     _decoupled = True
     _average = "exp_avg"
@@ -79,8 +81,7 @@ class AdamWLW(LayerwiseOptimizer):
         layers: LayerRule = None,
         **common: Unpack[Common],
     ):
-        cap = (0.2 if schedule_free else 0.1) if cap is None else cap
-        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own |= {"ramp_steps": ramp_steps, "cap": cap, "noise_exponent": noise_exponent, "warmup_rate": warmup_rate}
         own["schedule_free"] = schedule_free
         super().__init__(params, own, layers, common)

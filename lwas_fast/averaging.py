@@ -29,13 +29,27 @@ def swap(opt: LayerwiseOptimizer, training: bool) -> None:
         training: Which it is to be.
     """
     for group in opt.param_groups:
-        if group["schedule_free"] and group["train_mode"] != training:
-            alpha = (1 if training else -1) * (1 - opt._decay(group))
-            for param in group["params"]:
-                if state := opt.state.get(param):
-                    offset = state["offset"]
-                    param.copy_(param.to(offset.dtype).add(offset, alpha=alpha))
+        if group["train_mode"] != training:
+            share = opt._decay(group) if group["share"] is None else group["share"]
+            _shift(opt, group, (1 if training else -1) * (1 - share))
         group["train_mode"] = training
+
+
+@torch.no_grad()
+def follow(opt: LayerwiseOptimizer) -> None:
+    """Mix weights anew where the average's share in them, which schedulers may cycle, changed since the last step."""
+    for group in opt.param_groups:
+        share = opt._decay(group)
+        if group["share"] not in (None, share):
+            _shift(opt, group, group["share"] - share)
+        group["share"] = share
+
+
+def _shift(opt: LayerwiseOptimizer, group: dict[str, Any], by: float) -> None:
+    """Move parameters by so much of iterate minus average."""
+    for param in group["params"]:
+        if "offset" in (state := opt.state.get(param, {})):
+            param.copy_(param.to(state["offset"].dtype).add(state["offset"], alpha=by))
 
 
 def averaged(model: nn.Module, share: float = 0.05) -> AveragedModel:

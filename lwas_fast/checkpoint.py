@@ -43,12 +43,11 @@ def checked(opt: LayerwiseOptimizer, state_dict: dict[str, Any]) -> dict[str, An
             entry = state_dict["state"].get(key)
             if not entry:
                 continue
-            buffers = opt._buffers_of(group | saved)
+            buffers = opt._buffers_of({"schedule_free": False, **saved})  # of a version that knew nothing else
             if missing := {"step", "layer", *buffers} - set(entry):
                 raise ValueError(
                     f"the saved state of parameter {parameter_name(group, i)} lacks {sorted(missing)[0]!r}: "
-                    f"it is not of a {type(opt).__name__}, or of one with another schedule_free= (with momentum: "
-                    "schedule_free=False)"
+                    f"it is not of a {type(opt).__name__}"
                 )
             for name in buffers:
                 if entry[name].shape != param.shape:

@@ -48,7 +48,11 @@ def _checked_parameters(param_group: dict[str, Any], number: int) -> dict[str, A
 
 
 def prepare(
-    param_group: dict[str, Any], earlier: list[dict[str, Any]], defaults: dict[str, Any], rule: LayerRule
+    param_group: dict[str, Any],
+    earlier: list[dict[str, Any]],
+    defaults: dict[str, Any],
+    by_mode: dict[str, tuple[Any, Any]],
+    rule: LayerRule,
 ) -> dict[str, Any]:
     """Check a group that is to be added and name its layers.
 
@@ -56,11 +60,12 @@ def prepare(
         param_group: ``{"params": ..., option: value, ...}``; ``"layers"`` overrides `rule`. Not changed.
         earlier: The optimizer's groups so far.
         defaults: Its options.
+        by_mode: What an option of None stands for, schedule-free and with momentum.
         rule: Its ``layers=``.
 
     Returns:
-        A copy, each tensor in it once, with ``layer_names``, ``steps``, ``next_refresh``, ``last_refresh`` and
-        ``train_mode``.
+        A copy, each tensor in it once, with ``layer_names``, ``steps``, ``next_refresh``, ``last_refresh``,
+        ``train_mode`` and ``share``.
 
     Raises:
         TypeError: No dictionary, or an entry that is no tensor.
@@ -88,7 +93,12 @@ def prepare(
     group["steps"] = 0
     group["next_refresh"] = group.get("warmup_steps", defaults["warmup_steps"])
     group["last_refresh"] = None
+    free = group.get("schedule_free", defaults["schedule_free"])
+    for name, values in by_mode.items():
+        if group.get(name, defaults[name]) is None:
+            group[name] = values[0 if free else 1]
     group["train_mode"] = all(g["train_mode"] for g in earlier)
+    group["share"] = None
     return group
 
 

@@ -67,6 +67,7 @@ class LayerwiseOptimizer(Optimizer):
 
     _buffers: tuple[str, ...]  # names of the state tensors shaped like the parameter, with momentum
     _free_buffers: tuple[str, ...]  # and schedule-free
+    _by_mode: dict[str, tuple[Any, Any]]  # options' defaults that differ: schedule-free, with momentum
     _step_supports_amp_scaling = True  # GradScaler: sets grad_scale and found_inf instead of waiting for the device
     _average: str  # which of them is the average of the gradient
     _decoupled: bool  # whether weight decay acts on the weights rather than through the gradient
@@ -108,7 +109,7 @@ class LayerwiseOptimizer(Optimizer):
             TypeError: No dictionary, or a parameter that is no tensor.
             ValueError: See the class.
         """
-        group = groups.prepare(param_group, self.param_groups, self.defaults, self._layer_rule)
+        group = groups.prepare(param_group, self.param_groups, self.defaults, self._by_mode, self._layer_rule)
         super().add_param_group(group)
         self._forget_layout()
         self._measured = None
@@ -128,7 +129,7 @@ class LayerwiseOptimizer(Optimizer):
         return any(map(self._due, self.param_groups))
 
     def rates(self) -> dict[str, float]:
-        """Each layer's present rate, before `lr`, ramp and cap (`diagnostics` tells what was applied).
+        """Each layer's present rate, as measured (`diagnostics` tells what was applied: after gain, cap, `lr`, ramp).
 
         Reads from the device, and so waits for it.
         """
@@ -255,16 +256,19 @@ class LayerwiseOptimizer(Optimizer):
         """
         self._check_mode()
         value = None if closure is None else measure.run_closure(self, closure)
+        self._check_mode()  # the closure may have called eval()
         groups.check_dense(self.param_groups, attrgetter("grad"))
         moving = []
         for bucket in self._buckets:
             if present := [i for i, p in enumerate(bucket.params) if p.grad is not None]:
                 group = self.param_groups[bucket.group]
+                self._check_buffers(group, self.state.get(bucket.params[present[0]]))
                 moving.append((bucket, group, present, backends.update_implementation(group, bucket)))
         if self._measured is None:
             self._warn_if_overdue()
         else:
             self._take_in(self._measured)
+        averaging.follow(self)
         with span("update"):
             for bucket, group, present, implementation in moving:
                 self._update(bucket, group, present, implementation)
@@ -306,6 +310,13 @@ class LayerwiseOptimizer(Optimizer):
 
     def _buffers_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._free_buffers if group["schedule_free"] else self._buffers
+
+    def _check_buffers(self, group: dict[str, Any], state: dict[str, Any] | None) -> None:
+        if state and (missing := set(self._buffers_of(group)) - set(state)):
+            raise RuntimeError(
+                f"schedule_free={group['schedule_free']} was set in a parameter group in mid-training: its state lacks "
+                f"{sorted(missing)[0]!r}. Make a new {type(self).__name__} instead"
+            )
 
     def _state_of(self, bucket: Bucket, i: int) -> dict[str, Any]:
         """The state of a bucket's i-th parameter; zeros, not yet entered in `state`, before its first step."""
@@ -376,11 +387,13 @@ class LayerwiseOptimizer(Optimizer):
         """Restore from pickle, deepcopy or `load_state_dict`; options that an old state lacks get their defaults."""
         loading = self.__dict__.get("_loading")
         super().__setstate__(state)
+        self.defaults.setdefault("schedule_free", False)
         for group in self.param_groups:
+            group.setdefault("schedule_free", False)  # of a version that knew nothing else
             for name in options.RULES.keys() & self.defaults.keys():  # torch's __setstate__ adds defaults of its own
                 group.setdefault(name, self.defaults[name])
-            group.setdefault("last_refresh", None)
-            group.setdefault("train_mode", True)
+            for name, value in (("last_refresh", None), ("train_mode", True), ("share", None)):
+                group.setdefault(name, value)
         if loading is not None:
             checkpoint.fit_state(self.param_groups, self.state, loading)
         self._reset()

@@ -96,12 +96,12 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "update_every": _or_none(_integer(1)),
     "probe": _one_of("gradient", "update"),
     "rate_horizon": _or_none(_number(0, math.inf, open_high=True)),
-    "noise_exponent": _number(0, math.inf, open_high=True),
-    "cap": _number(0, open_low=True),
+    "noise_exponent": _or_none(_number(0, math.inf, open_high=True)),
+    "cap": _or_none(_number(0, open_low=True)),
     "max_growth": _number(1, open_low=True),
     "warmup_steps": _integer(0),
     "warmup_rate": _number(0, math.inf, open_high=True),
-    "ramp_steps": _integer(0),
+    "ramp_steps": _or_none(_integer(0)),
     "damping": _number(0, math.inf, open_high=True),
     "negative_curvature": _one_of("abs", "skip"),
     "self_concordance": _number(0, math.inf, open_high=True),
@@ -132,7 +132,7 @@ def check(options: dict[str, Any], where: str = "") -> None:
                 raise ValueError(f"{name}={value!r}{where} is not valid: it must be {allowed}")
     if options.get("schedule_free"):
         for name, without in (("probe", "gradient"), ("noise_exponent", 0)):
-            if options.get(name, without) != without:
+            if options.get(name) not in (None, without):
                 raise ValueError(
                     f"{name}={options[name]!r}{where} needs momentum, which a schedule-free optimizer does not have: "
                     f"pass schedule_free=False, or {name}={without!r}"

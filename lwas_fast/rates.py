@@ -168,14 +168,14 @@ class Control(NamedTuple):
     largest_rate: float
 
 
-def gain(beta: float) -> float:
-    """How much longer than the measured step a schedule-free one is: 1 / sqrt(1 - beta).
+def gain(beta: float, steps: int) -> float:
+    """How much longer than the measured step a schedule-free one is, after so many steps.
 
-    A step moves the average's far end in full but the weights, for now, by 1 - beta of it only: the measured step would
-    be `1` for the former and ``1 / (1 - beta)`` for the latter. This is the geometric mean; docs/method.md has what was
-    measured about it.
+    A step moves the iterate in full, but the weights that the step was measured at by ``1 - beta + beta / (steps + 1)``
+    of it only: 1 would be right for the former, the inverse of that for the latter. This is their geometric mean, from
+    1 at first to ``1 / sqrt(1 - beta)``; docs/method.md has what was measured about it.
     """
-    return 1 / math.sqrt(1 - beta)
+    return 1 / math.sqrt(1 - beta + beta / (steps + 1))
 
 
 def control(group: dict[str, Any], decoupled: bool, beta: float) -> Control:
@@ -185,7 +185,7 @@ def control(group: dict[str, Any], decoupled: bool, beta: float) -> Control:
     ramp = 1.0 if warming or not group["ramp_steps"] else min(1.0, (since_warmup + 1) / group["ramp_steps"])
     decays = decoupled and group["weight_decay"] > 0
     largest = group["cap"] / group["weight_decay"] if decays else math.inf
-    longer = gain(beta) if group["schedule_free"] else 1.0
+    longer = gain(beta, group["steps"]) if group["schedule_free"] else 1.0
     return Control(warming, group["warmup_rate"], longer, ramp, group["cap"], largest)
 
 

@@ -25,7 +25,8 @@ Every step, with the gradient as it then stands (clipped, accumulated):
     v ← v⁺                      a = cap · max(‖W‖, 0.01√N)/‖d‖    (AdamW, γ > 0: at most cap/γ)
     r = min(G rate, a) · lr · min(1, (k − warmup_steps + 1)/ramp_steps)    (warm-up: min(warmup_rate, a) · lr)
 
-    schedule-free (Defazio et al., arXiv 2405.15682; Z = X = W at the start):    d = −Dg    G = 1/√(1−β₁)
+    schedule-free (Defazio et al., arXiv 2405.15682; Z = X = W at the start):    d = −Dg
+    G = 1/√(1−β₁+β₁/(k+1)), but 1 where nothing was measured yet
     Z ← Z + rd (SGD)            Z ← Z + r(d − γW) (AdamW)
     X ← X + (Z − X)/n           W ← β₁X + (1−β₁)Z
 
@@ -132,6 +133,7 @@ class Reference:
         self.hyper = dataclasses.replace(self.defaults, **hyper)
         self.W = [w.detach().to(torch.float64, copy=True) for w in W]
         self.Z, self.X = list(self.W), list(self.W)
+        self.share = math.nan  # of X in W
         self.m, self.v = ([torch.zeros_like(w) for w in self.W] for _ in range(2))
         self.S, self.R, self.E, self.w, self.applied = ([0.0] * len(W) for _ in range(5))
         self.k, self.n = 0, [0] * len(W)  # steps and updates done so far
@@ -170,7 +172,7 @@ class Reference:
             g = [sign * g_i + l2 * w for g_i, w in zip(gradient, self.W, strict=True)]
         for i, g_i in enumerate(g):
             self._update(i, g_i)
-        self.k += 1
+        self.k, self.share = self.k + 1, h.betas[0] if self.adam else h.momentum
 
     def _moments(self, i: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h, n = self.hyper, self.n[i] + 1
@@ -214,7 +216,11 @@ class Reference:
             count["refreshes"] += 1
 
     def _update(self, i: int, g: Tensor) -> None:
-        h, W, self.applied[i], alive = self.hyper, self.W[i], 0.0, (g * g).isfinite()
+        h, self.applied[i], alive = self.hyper, 0.0, (g * g).isfinite()
+        beta1 = h.betas[0] if self.adam else h.momentum
+        if h.schedule_free and beta1 != self.share:  # changed by a scheduler: mix anew
+            self.W[i] = beta1 * self.X[i] + (1 - beta1) * self.Z[i]
+        W = self.W[i]
         self.events[i]["skipped"] += int(not alive.all())
         if not (alive.any() or alive.all()):
             return
@@ -223,8 +229,7 @@ class Reference:
         self.n[i] += 1
         d, since = torch.where(alive, -D * (g if h.schedule_free else m_hat), 0.0), self.k - h.warmup_steps
         decay = h.weight_decay if self.adam else 0.0
-        beta1 = h.betas[0] if self.adam else h.momentum
-        G = 1 / math.sqrt(1 - beta1) if h.schedule_free and self.w[i] > 0 else 1.0
+        G = 1 / math.sqrt(1 - beta1 + beta1 / (self.k + 1)) if h.schedule_free and self.w[i] > 0 else 1.0
         rate = G * self.rate[i] if since >= 0 else h.warmup_rate
         ramp = min(1.0, (since + 1) / h.ramp_steps) if since >= 0 and h.ramp_steps > 0 else 1.0
         a = (h.cap * W.norm().clamp(min=0.01 * math.sqrt(W.numel())) / d.norm()).item()  # Inf where d = 0

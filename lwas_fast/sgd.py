@@ -33,19 +33,20 @@ class SGDLW(LayerwiseOptimizer):
 
     where :math:`\hat m` is bias-corrected. Momentum is an average, so a gradient moves the weights by r times itself in
     total, and the rate measured on it fits. r is the layer's rate, in the first case times
-    :math:`1/\sqrt{1-\beta}`, bounded by ``cap``.
+    :math:`1/\sqrt{1-\beta+\beta/k}`, bounded by ``cap``.
 
     Sources: Bahamou & Goldfarb, arXiv 2305.13664 (SGD-m-LW); Defazio et al., arXiv 2405.15682 (schedule-free). Their
     combination, ramp, cap, growth limit and noise factor are ours.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs (best: they make the layers), or group dictionaries.
-        lr: Dimensionless multiplier of every rate, for schedulers; 1 means the measured rate.
+        lr: Dimensionless multiplier of every step, for schedulers; 1 means what was measured.
         momentum: Share of the average in the weights that are trained on (with momentum: decay of the gradient's
             average), in [0, 1).
         weight_decay: L2 coefficient; it enters the measured curvature too.
         ramp_steps: Measured rates grow linearly from 0 to full over this many steps. Default 0, with momentum 50.
-        cap: Most that a step may change a layer, as a share of its weights' norm. Default 0.2, with momentum 0.03.
+        cap: Most that a step may move a layer (schedule-free: its iterate), as a share of its weights' norm. Default
+            0.2, with momentum 0.03.
         noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off. Needs momentum, and is
             1/8 with it by default.
         warmup_rate: The rate in warm-up and of layers never measured.
@@ -58,6 +59,8 @@ class SGDLW(LayerwiseOptimizer):
 
     _buffers = ("momentum_buffer",)
     _free_buffers = ("offset",)
+    # With momentum its first steps, where rates are largest, are what it never recovers from: docs/method.md.
+    _by_mode = {"ramp_steps": (0, 50), "cap": (0.2, 0.03), "noise_exponent": (0.0, 0.125)}
     _fused = staticmethod(fused.sgd)
     _decoupled = False
     _average = "momentum_buffer"
@@ -77,11 +80,12 @@ class SGDLW(LayerwiseOptimizer):
         layers: LayerRule = None,
         **common: Unpack[Common],
     ):
-        # With momentum its first steps, where rates are largest, are what it never recovers from: docs/method.md.
-        ramp_steps = (0 if schedule_free else 50) if ramp_steps is None else ramp_steps
-        cap = (0.2 if schedule_free else 0.03) if cap is None else cap
-        noise_exponent = (0.0 if schedule_free else 0.125) if noise_exponent is None else noise_exponent
-        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "schedule_free": schedule_free}
+        own: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "schedule_free": schedule_free,
+        }
         own |= {"ramp_steps": ramp_steps, "cap": cap, "noise_exponent": noise_exponent, "warmup_rate": warmup_rate}
         super().__init__(params, own, layers, common)
 

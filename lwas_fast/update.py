@@ -129,7 +129,8 @@ def step_selection(
     if group["schedule_free"]:
         if decay != 0:
             torch._foreach_sub_(directions, torch._foreach_mul(weights, selection.per_tensor(applied * decay)))
-        moved = _average_in(directions, weights, states, moving, beta)
+        steps = torch.stack([state["step"] for state in states]).to(selection.dtype)
+        moved = _average_in(directions, selection.params, weights, states, moving, 1 / steps, beta)
     elif decay != 0:
         moved = list(torch._foreach_mul(weights, selection.per_tensor(1 - applied * decay)))
         torch._foreach_add_(moved, directions)
@@ -139,19 +140,30 @@ def step_selection(
 
 
 def _average_in(
-    moves: list[Tensor], weights: list[Tensor], states: list[dict[str, Any]], moving: Moving, beta: float
+    moves: list[Tensor],
+    params: list[Tensor],
+    weights: list[Tensor],
+    states: list[dict[str, Any]],
+    moving: Moving,
+    shares: Tensor,
+    beta: float,
 ) -> list[Tensor]:
     """Move the iterates, take them into their averages, and return the weights between both to train on.
 
-    A tensor's state holds its iterate minus its average; its weights are the average plus 1 - beta of that.
+    A tensor's state holds its iterate minus its average; its weights are the average plus 1 - beta of that. `shares`
+    (N,) says what part of the new average the new iterate is.
     """
-    shares = [1 / state["step"].clamp(min=1).to(w.dtype) for state, w in zip(states, weights, strict=True)]
     offsets = [state["offset"] for state in states]
     ahead = list(torch._foreach_add(offsets, moves))  # the iterate minus the average before it
     # In the increments of both, so that where nothing moves the weights stay to the last bit.
-    moved = list(torch._foreach_mul(moves, [1 - beta + beta * c for c in shares]))
-    torch._foreach_add_(moved, torch._foreach_mul(offsets, [beta * c for c in shares]))
+    pull, rest, of_move = beta * shares, 1 - shares, 1 - beta + beta * shares
+    moved = list(torch._foreach_mul(moves, each(of_move, weights)))
+    torch._foreach_add_(moved, torch._foreach_mul(offsets, each(pull, weights)))
     torch._foreach_add_(moved, weights)
-    torch._foreach_mul_(ahead, [1 - c for c in shares])
+    for i, (param, weight) in enumerate(zip(params, weights, strict=True)):
+        if param.dtype != weight.dtype:
+            # Half precision rounds moves away. The iterate makes the move that is left, or its average would run off.
+            ahead[i] += (moved[i].to(param.dtype).to(weight.dtype) - moved[i]) / of_move[i].to(weight.dtype)
+    torch._foreach_mul_(ahead, each(rest, weights))
     torch._foreach_copy_(offsets, moving.taking_part(ahead, offsets))
     return moved

@@ -64,6 +64,11 @@ def compare(pairs: list, factor: float = 1.0) -> None:
     for p, q in zip(mine, theirs, strict=True):
         assert one.state[p].keys() == two.state[q].keys()
         for name, value in one.state[p].items():
+            if name == "offset" and p.dtype != torch.float32:
+                # Rounded to another neighbour, which is rare, a weight's state goes on from there.
+                far = (value - two.state[q][name]).abs() > 1e-6 * factor + 1e-5 * value.abs()
+                assert far.sum() <= 1 + 0.05 * far.numel()
+                continue
             torch.testing.assert_close(
                 value, two.state[q][name], atol=1e-6 * factor, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )

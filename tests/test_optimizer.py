@@ -132,7 +132,7 @@ def test_scheduler_scales_the_step(kind):
         schedule.step()
     assert opt.param_groups[0]["lr"] == 0.125
     for row in opt.diagnostics().values():
-        assert row["applied"] == pytest.approx(0.25 * rates.gain(0.9) * row["rate"])
+        assert row["applied"] == pytest.approx(0.25 * rates.gain(0.9, 2) * row["rate"])
 
 
 @EACH

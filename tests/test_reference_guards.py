@@ -60,12 +60,16 @@ def test_three_schedule_free_steps_by_hand():
 
 
 def test_a_schedule_free_step_is_longer_than_the_measured_one():
-    # F = ½w² at w = 1: t = ½, and momentum ¾ makes the step 1/√¼ = 2 times that: Z = X = W = 1 - 1.
+    # F = ½w² at w = 1 (gradients of 0 keep it there): t = ½. With momentum ¾ the weights make ¼ + ¾/k of a step in the
+    # k-th, and the step is the measured one divided by that root: 1, then √1.6, then √2.
     ref = ReferenceSGDLW([vec(1)], **PLAIN | {"schedule_free": True, "momentum": 0.75})
-    ref.step(lambda W: W[0] @ W[0] / 2)
+    applied = []
+    for gradient in ([vec(0)], [vec(0)], None):
+        ref.step(lambda W: W[0] @ W[0] / 2, gradient=gradient)
+        applied += ref.applied
     assert ref.rate == pytest.approx([0.5])
-    assert ref.applied == pytest.approx([1.0])
-    close(ref.W[0], vec(0))
+    assert applied == pytest.approx([0.5, 0.5 * math.sqrt(1.6), 0.5 * math.sqrt(2)])
+    close(ref.Z[0], vec(1 - 0.5 * math.sqrt(2)))
     # A cap holds the whole step; decoupled decay acts along with it, at most by the cap: d = -1, Z = 1 + 0.05 (-1 - 2).
     hyper = PLAIN | {"schedule_free": True, "betas": (0.75, 0.9), "cap": 0.1, "weight_decay": 2.0}
     ref = ReferenceAdamWLW([vec(1)], **hyper, eps=0.0)

@@ -12,9 +12,10 @@ import math
 
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, loss_of, small_net, train
+from cases import OPTIMIZERS, REFERENCES, batches, layer_vectors, loss_of, loss_of_vectors, small_net, train
 
-from lwas_fast import SGDLW, AdamWLW
+from lwas_fast import SGDLW, AdamWLW, backends
+from lwas_fast.curvature import draw_signs
 
 EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
 FIXED = {"warmup_steps": 10**9, "warmup_rate": 0.05, "ramp_steps": 0, "cap": math.inf}
@@ -140,24 +141,107 @@ def test_with_momentum_modes_change_nothing(kind):
     train(opt, model, batches(2))
 
 
-def test_groups_may_differ_and_a_group_added_takes_the_mode():
+def test_groups_may_differ_and_have_the_defaults_of_their_own_mode():
     model = small_net()
     groups = [
         {"params": list(model[0].named_parameters(prefix="0"))},
         {"params": list(model[2].named_parameters(prefix="2")), "schedule_free": False},
     ]
-    opt = AdamWLW(groups)
+    opt = SGDLW(groups)
+    assert [[g[name] for name in ("cap", "ramp_steps", "noise_exponent")] for g in opt.param_groups] == [
+        [0.2, 0, 0.0],
+        [0.03, 50, 0.125],
+    ]
     train(opt, model, batches(5))
     assert ["offset" in opt.state[p] for p in model[:3].parameters()] == [True, True, False, False]
     first, second = model[0].weight.clone(), model[2].weight.clone()
     opt.eval()
     assert not torch.equal(model[0].weight, first)
     assert torch.equal(model[2].weight, second)
-    opt.add_param_group({"params": list(model[4].named_parameters(prefix="4"))})
-    with pytest.raises(RuntimeError, match=r"opt\.train\(\)"):
-        opt.step()
     opt.train()
-    train(opt, model, batches(5))
+    free = {"params": list(model[4].named_parameters(prefix="4")), "schedule_free": True}
+    assert SGDLW([free], schedule_free=False).param_groups[0]["noise_exponent"] == 0
+
+
+def test_a_group_added_while_the_average_is_in_waits_for_train_too():
+    model = small_net()
+    opt = AdamWLW(model[0].named_parameters(prefix="0"))
+    train(opt, model, batches(3))
+    opt.eval()
+    opt.add_param_group({"params": list(model[2].named_parameters(prefix="2"))})
+    assert not opt.param_groups[1]["train_mode"]
+    opt.train()
+    train(opt, model, batches(3))
+
+
+@EACH
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_average_goes_where_the_weights_go(kind, dtype, fused):
+    """Moves below the type's spacing are lost to the weights: they must not pile up in the state."""
+    if fused and backends.EXTENSION is None:
+        pytest.skip(backends.MISSING)
+    found = []
+    for one in (dtype, torch.float64):
+        p = torch.ones(64, dtype=one).requires_grad_()
+        options = {**FIXED, "warmup_rate": 5e-3, "weight_decay": 0.0}
+        opt = OPTIMIZERS[kind]([p], **options, **({"fused": True} if fused and one == dtype else {"foreach": True}))
+        for _ in range(1000):
+            p.grad = torch.ones_like(p) * (p - 0.25).sign().detach()
+            opt.step()
+        opt.eval()
+        found.append(p.detach().double())
+    assert (found[1] - 0.25).abs().max() < 0.1
+    assert ((found[0] - 0.25).abs() < 0.2).all() or ((found[0] - 1).abs() < 0.02).all(), found[0]  # there, or stuck
+
+
+@EACH
+def test_a_share_that_schedulers_cycle_mixes_anew(kind):
+    model, data = small_net(), batches(15)
+    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=3)
+    ref = REFERENCES[kind](layer_vectors(model), update_every=3)
+    for k, batch in enumerate(data):
+        share = 0.9 - 0.05 * (k % 4)
+        if kind == "adamw":
+            opt.param_groups[0]["betas"] = ref.hyper.betas = (share, 0.999)
+        else:
+            opt.param_groups[0]["momentum"] = ref.hyper.momentum = share
+        ref.step(loss_of_vectors(model, batch), z=draw_signs(0, k, len(ref.W)))
+        train(opt, model, [batch])
+        assert_close(layer_vectors(model), ref.W, 1e-9)
+    (opt.param_groups[0].update(momentum=0.1) if kind == "sgd" else opt.param_groups[0].update(betas=(0.1, 0.9)))
+    opt.eval()
+    assert_close(layer_vectors(model), ref.X, 1e-9)
+
+
+@EACH
+def test_what_happens_within_a_closure_is_seen(kind):
+    model, data = small_net(), batches(3)
+    opt = OPTIMIZERS[kind](model.named_parameters())
+    train(opt, model, data)
+
+    def closure():
+        opt.zero_grad()
+        loss = loss_of(model, data[0])
+        loss.backward()
+        opt.eval()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"opt\.train\(\)"):
+        opt.step(closure)
+
+
+def test_another_mode_in_mid_training_is_refused_by_name():
+    model = small_net()
+    opt = AdamWLW(model.named_parameters())
+    train(opt, model, batches(2))
+    opt.param_groups[0]["schedule_free"] = False
+    before = values(model)
+    with pytest.raises(RuntimeError, match="schedule_free=False.*mid-training.*'exp_avg'"):
+        opt.step()
+    opt.eval()
+    opt.train()
+    assert_close(values(model), before, 1e-14)
 
 
 @pytest.mark.parametrize(("option", "value"), [("probe", "update"), ("noise_exponent", 0.25)])
@@ -168,12 +252,18 @@ def test_what_needs_momentum_is_refused_without(option, value):
         cls(small_net().parameters(), schedule_free=False, **{option: value})
 
 
-def test_a_state_with_momentum_is_refused_by_name():
-    model = small_net()
-    opt = AdamWLW(model.named_parameters(), schedule_free=False)
-    train(opt, model, batches(2))
-    saved = opt.state_dict()
+@EACH
+def test_a_state_from_before_there_was_a_choice_goes_on_with_momentum(kind):
+    model, data = small_net(), batches(6)
+    opt = OPTIMIZERS[kind](model.named_parameters(), schedule_free=False)
+    train(opt, model, data[:3])
+    saved = copy.deepcopy(opt.state_dict())
     for group in saved["param_groups"]:
-        del group["schedule_free"]  # of a version that did not have it
-    with pytest.raises(ValueError, match="'offset'.*schedule_free=False"):
-        AdamWLW(small_net().named_parameters()).load_state_dict(saved)
+        for name in ("schedule_free", "train_mode", "share"):
+            del group[name]
+    new_model = copy.deepcopy(model)
+    new = OPTIMIZERS[kind](new_model.named_parameters())
+    new.load_state_dict(saved)
+    train(opt, model, data[3:])
+    train(new, new_model, data[3:])
+    assert_close(values(model), values(new_model), 1e-14)

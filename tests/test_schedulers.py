@@ -75,9 +75,9 @@ def test_schedules_are_torchs_own(name, kind, as_tensor):
     seen = set()
     for k in range(11):
         problem.run(opt, [k])
+        lr, momentum, betas = cycled(opt)
+        longer = gain(momentum if betas is None else betas[0], k)
         for row in opt.diagnostics().values():
-            lr, momentum, betas = cycled(opt)
-            longer = gain(momentum if betas is None else betas[0])
             assert row["applied"] == pytest.approx(row["rate"] * longer * lr, rel=1e-6)
         other.step()
         tick(mine)
