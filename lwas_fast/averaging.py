@@ -36,9 +36,15 @@ def swap(opt: LayerwiseOptimizer, training: bool) -> None:
 
 
 @torch.no_grad()
-def follow(opt: LayerwiseOptimizer) -> None:
-    """Mix weights anew where the average's share in them, which schedulers may cycle, changed since the last step."""
-    for group in opt.param_groups:
+def follow(opt: LayerwiseOptimizer, moving: set[int]) -> None:
+    """Mix weights anew where the average's share in them, which schedulers may cycle, changed since the last step.
+
+    Args:
+        opt: Whose parameters.
+        moving: Numbers of the groups that are about to take a step.
+    """
+    for number in moving:
+        group = opt.param_groups[number]
         share = opt._decay(group)
         if group["share"] not in (None, share):
             _shift(opt, group, group["share"] - share)

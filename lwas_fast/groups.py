@@ -93,13 +93,18 @@ def prepare(
     group["steps"] = 0
     group["next_refresh"] = group.get("warmup_steps", defaults["warmup_steps"])
     group["last_refresh"] = None
-    free = group.get("schedule_free", defaults["schedule_free"])
-    for name, values in by_mode.items():
-        if group.get(name, defaults[name]) is None:
-            group[name] = values[0 if free else 1]
+    fill_by_mode(group, defaults, by_mode)
     group["train_mode"] = all(g["train_mode"] for g in earlier)
     group["share"] = None
     return group
+
+
+def fill_by_mode(group: dict[str, Any], defaults: dict[str, Any], by_mode: dict[str, tuple[Any, Any]]) -> None:
+    """Give a group's options of None what they stand for in its own mode: see `prepare`."""
+    free = group.get("schedule_free", defaults["schedule_free"])
+    for name, (schedule_free, with_momentum) in by_mode.items():
+        if group.get(name, defaults[name]) is None:
+            group[name] = schedule_free if free else with_momentum
 
 
 def check_dense(groups: list[dict[str, Any]], gradient_of: Callable[[Tensor], Tensor | None]) -> None:

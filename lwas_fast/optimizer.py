@@ -268,7 +268,7 @@ class LayerwiseOptimizer(Optimizer):
             self._warn_if_overdue()
         else:
             self._take_in(self._measured)
-        averaging.follow(self)
+        averaging.follow(self, {bucket.group for bucket, *_ in moving})
         with span("update"):
             for bucket, group, present, implementation in moving:
                 self._update(bucket, group, present, implementation)
@@ -392,6 +392,7 @@ class LayerwiseOptimizer(Optimizer):
             group.setdefault("schedule_free", False)  # of a version that knew nothing else
             for name in options.RULES.keys() & self.defaults.keys():  # torch's __setstate__ adds defaults of its own
                 group.setdefault(name, self.defaults[name])
+            groups.fill_by_mode(group, self.defaults, self._by_mode)
             for name, value in (("last_refresh", None), ("train_mode", True), ("share", None)):
                 group.setdefault(name, value)
         if loading is not None:
