@@ -256,6 +256,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [] {
         pybind11::dict info;
         info["torch"] = TORCH_VERSION;
+        info["interface"] = 2;  // lwas_fast.backends.INTERFACE
 #ifdef LWAS_CUDA
         info["cuda"] = LWAS_CUDA;  // the architectures that were asked for
 #else

@@ -4,9 +4,9 @@
 
 Between two measurements nothing of a step depends on the host, so it can be captured once and replayed. What has to be
 kept in mind: batches are copied into the tensor that was captured, a replay does not count as a step by itself, and
-`lr`, if a scheduler is to act on it, must be a tensor on the device. Other hyperparameters are captured as they are, and
-so is the gain of a schedule-free step over the measured one: after a hundred steps it changes by less than a hundredth
-from one measurement, and so one capture, to the next.
+`lr`, if a scheduler is to act on it, must be a tensor on the device. Other hyperparameters are captured as they are,
+and so is the gain of a schedule-free step over the measured one: after a hundred steps it changes by less than a
+hundredth from one measurement, and so one capture, to the next.
 """
 
 from __future__ import annotations

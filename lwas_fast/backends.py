@@ -14,6 +14,7 @@ import torch
 from lwas_fast.layers import Bucket
 from lwas_fast.triton_kernels import triton_version
 
+INTERFACE = 2  # of the operators, in csrc/bindings.cpp as well: to be raised there and here when a schema changes
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,11 +28,14 @@ def load_extension(version: str = torch.__version__) -> tuple[ModuleType | None,
         The module, or None; and, if None, why.
     """
     wanted = "_C_torch" + "_".join(version.split(".")[:2])
+    rebuild = "pip install --no-build-isolation --force-reinstall --no-deps lwas_fast"
     try:
-        return importlib.import_module(f"lwas_fast.{wanted}"), ""
+        module = importlib.import_module(f"lwas_fast.{wanted}")
+        if module.build_info().get("interface") != INTERFACE:  # an editable installation whose sources went on
+            return None, f"it is of another state of the sources; build it anew: {rebuild}"
+        return module, ""
     except ImportError as error:
         found = sorted(path.name.split(".")[0] for path in Path(__file__).parent.glob("_C_torch*"))
-        rebuild = "pip install --no-build-isolation --force-reinstall --no-deps lwas_fast"
         if wanted in found:
             return None, f"it cannot be loaded ({error}); build it anew: {rebuild}"
         if found:

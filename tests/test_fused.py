@@ -347,6 +347,13 @@ def test_extension_of_another_torch_is_named_and_the_plain_update_serves(monkeyp
     assert not torch.equal(p, before)
 
 
+def test_extension_of_other_sources_is_named(monkeypatch):
+    monkeypatch.setattr(backends, "INTERFACE", 1)
+    module, reason = backends.load_extension()
+    assert module is None
+    assert "another state of the sources; build it anew" in reason
+
+
 def test_which_implementation_serves():
     def chosen(dtype: torch.dtype = torch.float32, **options: object) -> str:
         opt = AdamWLW([torch.zeros(3, dtype=dtype).requires_grad_()], **options)
