@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from lwas_fast import SGDLW, AdamWLW
@@ -14,7 +16,7 @@ def main() -> None:
     total = torch.zeros((), device="cuda")
     for kind in (AdamWLW, SGDLW):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for cap, free in ((0.1, False), (1e-4, False), (0.1, True), (1e-4, True)):
+            for cap, free in itertools.product((0.1, 1e-4), (False, True)):
                 params = [
                     torch.randn(n + 3, device="cuda").to(dtype)[k:].requires_grad_() for k in (0, 3) for n in SIZES
                 ]

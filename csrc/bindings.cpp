@@ -223,9 +223,8 @@ TORCH_LIBRARY(lwas_fast, m) {
   m.def(
       "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!) table, Tensor(e!) steps, Tensor where, float[] control, bool warming, float beta1, float beta2, "
-      "float eps, float weight_decay, bool maximize, bool schedule_free, Tensor? lr_tensor=None, Tensor? "
-      "grad_scale=None, "
-      "Tensor? found_inf=None) -> ()");
+      "float eps, float weight_decay, bool maximize, bool schedule_free, Tensor? lr_tensor=None, "
+      "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
   m.def(
       "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(d!) table, Tensor(e!) steps, "
       "Tensor where, float[] control, bool warming, float momentum, float weight_decay, bool maximize, "

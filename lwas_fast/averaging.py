@@ -13,11 +13,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 if TYPE_CHECKING:
     from lwas_fast.optimizer import LayerwiseOptimizer
+
+
+def check_training(opt: LayerwiseOptimizer) -> None:
+    """Refuse to train with the average in the parameters.
+
+    Raises:
+        RuntimeError: They hold it; says what to call.
+    """
+    if not all(group["train_mode"] for group in opt.param_groups):
+        raise RuntimeError(
+            "the parameters hold the average of the weights since opt.eval(): call opt.train() before training on"
+        )
+
+
+def check_state(opt: LayerwiseOptimizer, group: dict[str, Any], param: Tensor) -> None:
+    """Refuse a state that is of the other mode than its group.
+
+    Raises:
+        RuntimeError: Somebody changed ``schedule_free`` after the first step.
+    """
+    state = opt.state.get(param)
+    if state and (missing := set(opt._buffers_of(group)) - set(state)):
+        raise RuntimeError(
+            f"schedule_free={group['schedule_free']} was set in a parameter group in mid-training: its state lacks "
+            f"{sorted(missing)[0]!r}. Make a new {type(opt).__name__} instead"
+        )
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class LayerwiseOptimizer(Optimizer):
         warmup_steps (int): Steps without measurement, at ``warmup_rate``. Default 0.
         warmup_rate (float): The rate in warm-up and of layers never measured.
         ramp_steps (int): Steps after warm-up over which measured rates grow linearly to full.
-        cap (float): Most that a step may change a layer, as a share of its weights' norm.
+        cap (float): Most that a step may move a layer (schedule-free: its iterate), as a share of its weights' norm.
         damping (float): Added to the curvature, times the squared norm of the direction. Default 0.
         negative_curvature (str): ``"abs"`` (default; its size is the scale) or ``"skip"`` (no refresh).
         self_concordance (float): M of the closed form. Default 2.
@@ -164,7 +164,8 @@ class LayerwiseOptimizer(Optimizer):
 
         Schedule-free optimizers train on other weights than those that are best (see the class). BatchNorm's running
         statistics are those of the weights trained on: run some training batches through the model before it is
-        evaluated (``torch.optim.swa_utils.update_bn``). With ``schedule_free=False`` parameters stay as they are.
+        evaluated (``torch.optim.swa_utils.update_bn``). With ``schedule_free=False`` parameters stay as they are, but
+        training on asks for `train` all the same.
         """
         averaging.swap(self, training=False)
 
@@ -175,12 +176,6 @@ class LayerwiseOptimizer(Optimizer):
             mode: False does what `eval` does.
         """
         averaging.swap(self, training=mode)
-
-    def _check_mode(self) -> None:
-        if not all(group["train_mode"] for group in self.param_groups):
-            raise RuntimeError(
-                "the parameters hold the average of the weights since opt.eval(): call opt.train() before training on"
-            )
 
     # ---- backward -----------------------------------------------------------------------------------------------
 
@@ -217,7 +212,7 @@ class LayerwiseOptimizer(Optimizer):
             CurvatureError: The curvature cannot be had; names the operation and the way out.
             RuntimeError: `backward` was called twice without `step` or `zero_grad`, or after `eval`.
         """
-        self._check_mode()
+        averaging.check_training(self)
         if self._complete and any(p.grad is not None for g in self.param_groups for p in g["params"]):
             raise RuntimeError(
                 "opt.backward() was called twice without opt.step() or opt.zero_grad() between. To accumulate "
@@ -254,15 +249,15 @@ class LayerwiseOptimizer(Optimizer):
             RuntimeError: ``fused=True``, and the compiled update cannot serve; or `eval` was called, but not `train`.
                 Nothing has been updated.
         """
-        self._check_mode()
+        averaging.check_training(self)
         value = None if closure is None else measure.run_closure(self, closure)
-        self._check_mode()  # the closure may have called eval()
+        averaging.check_training(self)  # the closure may have called eval()
         groups.check_dense(self.param_groups, attrgetter("grad"))
         moving = []
         for bucket in self._buckets:
             if present := [i for i, p in enumerate(bucket.params) if p.grad is not None]:
                 group = self.param_groups[bucket.group]
-                self._check_buffers(group, self.state.get(bucket.params[present[0]]))
+                averaging.check_state(self, group, bucket.params[present[0]])
                 moving.append((bucket, group, present, backends.update_implementation(group, bucket)))
         if self._measured is None:
             self._warn_if_overdue()
@@ -310,13 +305,6 @@ class LayerwiseOptimizer(Optimizer):
 
     def _buffers_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._free_buffers if group["schedule_free"] else self._buffers
-
-    def _check_buffers(self, group: dict[str, Any], state: dict[str, Any] | None) -> None:
-        if state and (missing := set(self._buffers_of(group)) - set(state)):
-            raise RuntimeError(
-                f"schedule_free={group['schedule_free']} was set in a parameter group in mid-training: its state lacks "
-                f"{sorted(missing)[0]!r}. Make a new {type(self).__name__} instead"
-            )
 
     def _state_of(self, bucket: Bucket, i: int) -> dict[str, Any]:
         """The state of a bucket's i-th parameter; zeros, not yet entered in `state`, before its first step."""

@@ -38,6 +38,7 @@ class Moving:
     Attributes:
         gradients: Ascent gradients of the loss to be minimised. Owned: may be overwritten.
         weights: The parameters in their state's dtype. Not to be changed by `_advance`.
+        steps: How many steps each has taken with this one (N,), once `count` was called.
     """
 
     def __init__(self, selection: Selection, gradients: list[Tensor], weights: list[Tensor], scaling: Scaling):
@@ -61,7 +62,8 @@ class Moving:
         steps = [state["step"] for state in states]
         moves = self.moves.to(torch.float32)
         torch._foreach_add_(steps, [moves[layer] for layer in self._selection.layer])
-        return torch.stack(steps).to(self._selection.dtype)
+        self.steps = torch.stack(steps).to(self._selection.dtype)
+        return self.steps
 
 
 def each(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -129,8 +131,7 @@ def step_selection(
     if group["schedule_free"]:
         if decay != 0:
             torch._foreach_sub_(directions, torch._foreach_mul(weights, selection.per_tensor(applied * decay)))
-        steps = torch.stack([state["step"] for state in states]).to(selection.dtype)
-        moved = _average_in(directions, selection.params, weights, states, moving, 1 / steps, beta)
+        moved = _average_in(directions, selection.params, weights, states, moving, beta)
     elif decay != 0:
         moved = list(torch._foreach_mul(weights, selection.per_tensor(1 - applied * decay)))
         torch._foreach_add_(moved, directions)
@@ -145,14 +146,13 @@ def _average_in(
     weights: list[Tensor],
     states: list[dict[str, Any]],
     moving: Moving,
-    shares: Tensor,
     beta: float,
 ) -> list[Tensor]:
     """Move the iterates, take them into their averages, and return the weights between both to train on.
 
-    A tensor's state holds its iterate minus its average; its weights are the average plus 1 - beta of that. `shares`
-    (N,) says what part of the new average the new iterate is.
+    A tensor's state holds its iterate minus its average; its weights are the average plus 1 - beta of that.
     """
+    shares = 1 / moving.steps  # of the new iterate in the new average
     offsets = [state["offset"] for state in states]
     ahead = list(torch._foreach_add(offsets, moves))  # the iterate minus the average before it
     # In the increments of both, so that where nothing moves the weights stay to the last bit.

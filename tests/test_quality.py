@@ -206,12 +206,17 @@ def test_rates_of_ours_are_kept_and_drawn(tmp_path):
     assert picture.name == "tiny-adamwlw_update_every=1-rates.png" and picture.stat().st_size > 10_000
 
 
-def test_schedule_free_the_average_is_judged():
+def trained_for_a_while(name: str):
+    """A problem, its trainer, and the weights after 25 steps."""
     problem = TINY.build(0)
-    trainer = Trainer(Name.parse("adamwlw"), problem.model, 40, 0.0)
+    trainer = Trainer(Name.parse(name), problem.model, 40, 0.0)
     for step in range(25):
         trainer.step(lambda step=step: problem.loss(problem.model, step))
-    before = [p.detach().clone() for p in problem.model.parameters()]
+    return problem, trainer, [p.detach().clone() for p in problem.model.parameters()]
+
+
+def test_schedule_free_the_average_is_judged():
+    problem, trainer, before = trained_for_a_while("adamwlw")
     offset = trainer.optimizer.state[next(problem.model.parameters())]["offset"].clone()
     with trainer.evaluating(problem.model, lambda step: problem.loss(problem.model, step)):
         torch.testing.assert_close(next(problem.model.parameters()).detach(), before[0] - 0.1 * offset)
@@ -283,11 +288,7 @@ def test_report_picks_the_best_rate_and_hides_nothing(tmp_path, capsys):
 
 
 def test_the_average_is_judged_and_the_weights_are_trained_on():
-    problem = TINY.build(0)
-    trainer = Trainer(Name.parse("adamwlw:average=0.5,schedule_free=False"), problem.model, 40, 0.0)
-    for step in range(25):
-        trainer.step(lambda step=step: problem.loss(problem.model, step))
-    before = [p.detach().clone() for p in problem.model.parameters()]
+    problem, trainer, before = trained_for_a_while("adamwlw:average=0.5,schedule_free=False")
     with trainer.evaluating(problem.model, lambda step: problem.loss(problem.model, step)):
         for p, a in zip(problem.model.parameters(), trainer.average.module.parameters(), strict=True):
             assert torch.equal(p, a)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lwas_fast import SGDLW, AdamWLW, averaged
+from lwas_fast.optimizer import LayerwiseOptimizer
 
 SCHEDULES = ("constant", "cosine")
 Factory = Callable[..., Optimizer]
@@ -164,7 +165,7 @@ class Trainer:
         """Evaluate the loss, differentiate, update; returns the loss from before the update."""
         self.optimizer.zero_grad()
         value = loss()
-        if isinstance(self.optimizer, (AdamWLW, SGDLW)):
+        if isinstance(self.optimizer, LayerwiseOptimizer):
             self.optimizer.backward(value)
         else:
             value.backward(create_graph=self.rule.graph)
@@ -180,7 +181,7 @@ class Trainer:
 
     def rates(self) -> dict[str, float]:
         """Each layer's rate, of ours."""
-        return self.optimizer.rates() if isinstance(self.optimizer, (AdamWLW, SGDLW)) else {}
+        return self.optimizer.rates() if isinstance(self.optimizer, LayerwiseOptimizer) else {}
 
     @contextmanager
     def evaluating(self, model: nn.Module, forward: Callable[[int], object]) -> Iterator[None]:
