@@ -31,17 +31,22 @@ def autoencoder(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def vgg11(scale: int) -> nn.Sequential:
-    """VGG11 without BatchNorm for 32x32 pixels and 10 classes, its widths divided by `scale`."""
+VGG = {11: ((1, 1, 2, 2, 2), False), 16: ((2, 2, 3, 3, 3), True)}  # convolutions a stage; whether with BatchNorm
+
+
+def vgg(depth: int, scale: int) -> nn.Sequential:
+    """VGG11, or VGG16 with BatchNorm, for 32x32 pixels and 10 classes, its widths divided by `scale`."""
+    stages, norm = VGG[depth]
     layers: list[nn.Module] = []
     channels = 3
-    for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
-        if width:
-            layers += [nn.Conv2d(channels, width // scale, 3, padding=1), nn.ReLU()]
-            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # torch's default fades over 8 layers
-            channels = width // scale
-        else:
-            layers.append(nn.MaxPool2d(2))
+    for convolutions, full_width in zip(stages, (64, 128, 256, 512, 512), strict=True):
+        width = full_width // scale
+        for _ in range(convolutions):
+            layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not norm))
+            nn.init.kaiming_normal_(layers[-1].weight, nonlinearity="relu")  # torch's default fades over 8 layers
+            layers += [nn.BatchNorm2d(width), nn.ReLU()] if norm else [nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 10))
 
 
@@ -93,12 +98,12 @@ class Block(nn.Module):
 
 
 class CharTransformer(nn.Module):
-    """A causal transformer over characters, its output tied to the embedding."""
+    """A transformer over characters, its output tied to the embedding; causal, or one that sees both sides."""
 
-    def __init__(self, vocabulary: int, length: int, width: int, depth: int, heads: int):
+    def __init__(self, vocabulary: int, length: int, width: int, depth: int, heads: int, causal: bool = True):
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         for table in (self.token, self.position):
             nn.init.normal_(table.weight, std=0.02)  # GPT-2's: at torch's 1 the tied output starts far off

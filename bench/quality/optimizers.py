@@ -1,9 +1,10 @@
 """The optimizers by name, all driven alike: ours, torch's, and those of other packages where they are installed.
 
-A name may carry options: `adamwlw:noise_exponent=0.25`, `adamw:lr=1e-3,schedule=cosine`, `adamwlw:average=0.05`;
-with the last, the average is judged (lwas_fast.averaged). What is not given has the package's default, but for
-the weight decay, which is the task's. AdaHessian, Sophia-H, Shampoo and Schedule-Free have a rate, `lr`, whose default
-was made for other tasks; DoG is judged by its last weights, not by its authors' average.
+A name may carry options: `adamwlw:update_every=5`, `adamw:lr=1e-3,schedule=cosine`, `adamwlw:average=0.05`;
+with the last, the average is judged (lwas_fast.averaged). Ours may have `layers=tensor` or `layers=whole`, one rate
+each. What is not given has the package's default, but for the weight decay, which is the task's. AdaHessian, Sophia-H,
+Shampoo and Schedule-Free have a rate, `lr`, whose default was made for other tasks; DoG is judged by its last weights,
+not by its authors' average.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from __future__ import annotations
 import ast
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bench.quality.kfac import KFAC
+from bench.quality.problem import Problem
 from lwas_fast import SGDLW, AdamWLW, averaged
 from lwas_fast.optimizer import LayerwiseOptimizer
 
@@ -29,7 +34,10 @@ OURS = ("adamwlw", "sgdlw")
 SWEPT = {  # seven rates each, two a decade
     "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    "shampoo": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "kfac": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
 }
+SWEPT_WITH = {"lr", "schedule", "damping"}  # options that are the sweep's, not a variant
 
 
 @dataclass(frozen=True)
@@ -37,11 +45,12 @@ class Rule:
     """How an optimizer is made and driven.
 
     Attributes:
-        make: From named parameters and options to the optimizer.
+        make: From the problem and options to the optimizer.
         module: The package that has it, as one imports it; empty for ours and torch's.
         package: The same, as one installs it.
         modes: Whether it has a train and an eval mode (ours, Schedule-Free), unless told not to be schedule-free.
         graph: Whether its `step` differentiates the gradient once more (AdaHessian, Sophia-H).
+        data: Whether it has a `measure`, which is to see the mini-batch (KFAC).
     """
 
     make: Factory
@@ -49,24 +58,35 @@ class Rule:
     package: str = ""
     modes: bool = False
     graph: bool = False
+    data: bool = False
 
 
 def _of(module: str, name: str, **fixed: Any) -> Factory:
-    def make(named: list[tuple[str, nn.Parameter]], **options: Any) -> Optimizer:
+    def make(problem: Problem, **options: Any) -> Optimizer:
         kind = getattr(__import__(module), name)
-        return kind([p for _, p in named], **{**fixed, **options})
+        return kind(list(problem.model.parameters()), **{**fixed, **options})
 
     return make
 
 
 def _torch(kind: type[Optimizer], **fixed: Any) -> Factory:
-    return lambda named, **options: kind([p for _, p in named], **{**fixed, **options})
+    return lambda problem, **options: kind(problem.model.parameters(), **{**fixed, **options})
+
+
+LAYERS: dict[str, Callable[[str], str]] = {"tensor": lambda name: name, "whole": lambda name: "model"}
+
+
+def _ours(kind: type[LayerwiseOptimizer]) -> Factory:
+    def make(problem: Problem, layers: str | None = None, **options: Any) -> Optimizer:
+        return kind(problem.model.named_parameters(), layers=LAYERS[layers] if layers else None, **options)
+
+    return make
 
 
 _MANY, _FREE = "pytorch_optimizer", "schedulefree"
 RULES = {
-    "adamwlw": Rule(AdamWLW, modes=True),
-    "sgdlw": Rule(SGDLW, modes=True),
+    "adamwlw": Rule(_ours(AdamWLW), modes=True),
+    "sgdlw": Rule(_ours(SGDLW), modes=True),
     "adamw": Rule(_torch(torch.optim.AdamW)),
     "sgd": Rule(_torch(torch.optim.SGD, momentum=0.9, lr=1e-2)),
     "prodigy": Rule(_of("prodigyopt", "Prodigy"), "prodigyopt", "prodigyopt"),
@@ -77,8 +97,17 @@ RULES = {
     "shampoo": Rule(_of(_MANY, "ScalableShampoo", decoupled_weight_decay=True), _MANY, "pytorch-optimizer"),
     "adahessian": Rule(_of(_MANY, "AdaHessian"), _MANY, "pytorch-optimizer", graph=True),
     "sophia_h": Rule(_of(_MANY, "SophiaH"), _MANY, "pytorch-optimizer", graph=True),
-}
+    "kfac": Rule(
+        lambda problem, **options: KFAC(problem.model, problem.criterion, **options),
+        "curvlinops", "curvlinops-for-pytorch", data=True,
+    ),
+}  # fmt: skip
 PARAMETER_FREE = ("prodigy", "sf_adamw", "sf_sgd", "dadapt_adam", "dog")
+
+
+def parts(text: str) -> list[str]:
+    """Split at the commas that are not inside brackets."""
+    return re.split(r",(?![^(]*\))", text)
 
 
 @dataclass(frozen=True)
@@ -99,7 +128,7 @@ class Name:
         if base not in RULES:
             raise ValueError(f"unknown optimizer {base!r}: choose from {', '.join(RULES)}")
         options: dict[str, Any] = {}
-        for item in filter(None, rest.split(",")):
+        for item in filter(None, parts(rest)):
             key, equals, value = item.partition("=")
             if not (key and equals and value) or key in options:
                 raise ValueError(f"{text!r}: {item!r} is not option=value, or comes twice")
@@ -114,7 +143,7 @@ class Name:
         return cls(base, tuple(sorted(options.items())))
 
     def __str__(self) -> str:
-        text = ",".join(f"{key}={value}" for key, value in self.options)
+        text = ",".join(f"{key}={value}".replace(" ", "") for key, value in self.options)
         return f"{self.base}:{text}" if text else self.base
 
     @property
@@ -136,23 +165,25 @@ class Trainer:
 
     Args:
         name: Which, with options.
-        model: What it trains.
+        problem: What it trains.
         steps: In all, for the schedule.
         weight_decay: The task's; an option of the name has priority.
 
     Raises:
         ModuleNotFoundError: The package that has the optimizer is missing.
         TypeError: The optimizer has no such option.
+        ValueError: The optimizer cannot train this model, or not with this option.
     """
 
-    def __init__(self, name: Name, model: nn.Module, steps: int, weight_decay: float):
+    def __init__(self, name: Name, problem: Problem, steps: int, weight_decay: float):
         self.rule = RULES[name.base]
         options = {"weight_decay": weight_decay, **dict(name.options)}
         schedule, share = options.pop("schedule", "constant"), options.pop("average", None)
-        self.average = None if share is None else averaged(model, share)
+        self.problem, self.model, self.steps = problem, problem.model, 0
+        self.average = None if share is None else averaged(self.model, share)
         self.modes = self.rule.modes and options.get("schedule_free", True)
-        self.model, self.steps = model, 0
-        self.optimizer = self.rule.make(list(model.named_parameters()), **options)
+        self.differences = options.get("hvp") == "finite_difference"
+        self.optimizer = self.rule.make(problem, **options)
         self.scheduler = None
         if schedule == "cosine":
             self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -161,13 +192,16 @@ class Trainer:
         if self.modes:
             self.optimizer.train()
 
-    def step(self, loss: Callable[[], Tensor]) -> Tensor:
+    def step(self) -> Tensor:
         """Evaluate the loss, differentiate, update; returns the loss from before the update."""
         self.optimizer.zero_grad()
-        value = loss()
+        if self.rule.data:
+            self.optimizer.measure(*self.problem.batch(self.steps))
+        loss = partial(self.problem.loss, self.model, self.steps)
         if isinstance(self.optimizer, LayerwiseOptimizer):
-            self.optimizer.backward(value)
+            value = self.optimizer.backward(loss if self.differences else loss())
         else:
+            value = loss()
             value.backward(create_graph=self.rule.graph)
         self.optimizer.step()
         self.steps += 1
@@ -184,29 +218,27 @@ class Trainer:
         return self.optimizer.rates() if isinstance(self.optimizer, LayerwiseOptimizer) else {}
 
     @contextmanager
-    def evaluating(self, model: nn.Module, forward: Callable[[int], object]) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """The weights that are to be judged: schedule-free and with `average` the average, others' as they are.
 
-        Args:
-            model: The model trained.
-            forward: Evaluates a training mini-batch. BatchNorm's statistics are those of the weights trained with, so
-                some batches are evaluated with the average before it is judged, as Schedule-Free's authors have it.
+        BatchNorm's statistics are those of the weights trained with, so some training batches are evaluated with the
+        average before it is judged, as Schedule-Free's authors have it.
         """
         averages = self.average is not None and self.steps >= AVERAGE_EVERY
         if not self.modes and not averages:
             yield
             return
         if averages:
-            kept = copy.deepcopy(model.state_dict())
-            model.load_state_dict(self.average.module.state_dict())
+            kept = copy.deepcopy(self.model.state_dict())
+            self.model.load_state_dict(self.average.module.state_dict())
         else:
             self.optimizer.eval()
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
             with torch.no_grad():
                 for step in range(50):
-                    forward(step)
+                    self.problem.loss(self.model, step)
         yield
         if averages:
-            model.load_state_dict(kept)
+            self.model.load_state_dict(kept)
         else:
             self.optimizer.train()

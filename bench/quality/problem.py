@@ -39,10 +39,14 @@ class Problem:
     accuracy: bool = True
     penalty: Callable[[nn.Module], Tensor] | None = None
 
+    def batch(self, step: int) -> Batch:
+        """A step's mini-batch; sets torch's random state."""
+        torch.manual_seed(1_000_003 * self.seed + step)
+        return self.draw(step)
+
     def loss(self, model: nn.Module, step: int) -> Tensor:
         """The training loss of a step's mini-batch; sets torch's random state, for dropout."""
-        torch.manual_seed(1_000_003 * self.seed + step)
-        x, y = self.draw(step)
+        x, y = self.batch(step)
         loss = self.criterion(model(x), y)
         return loss if self.penalty is None else loss + self.penalty(model)
 

@@ -1,8 +1,8 @@
 """Tables and pictures from the JSONs of bench.quality.run: python -m bench.quality.report [FOLDER] [--out FOLDER].
 
-Of AdamW and SGD given with a rate, the best rate is taken for each task and schedule: the one of lowest mean final
-training loss over the seeds, of those run on the most seeds (a sweep on one seed may be followed by its best rates on
-more). It is chosen on runs that are shown, which favours it a little.
+Of optimizers that are swept the best rate is taken for each task and schedule: the one of lowest mean final training
+loss over the seeds, of those run on the most seeds (a sweep on one seed may be followed by its best rates on more). It
+is chosen on runs that are shown, which favours it a little.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from bench.quality.optimizers import OURS, PARAMETER_FREE, RULES, SCHEDULES, SWEPT
+from bench.quality.optimizers import OURS, PARAMETER_FREE, RULES, SCHEDULES, SWEPT, SWEPT_WITH
 from bench.quality.run import OUT
 from bench.quality.tasks import EVERY_TASK
 
@@ -85,7 +85,7 @@ def rows_of(found: dict[str, dict[str, Runs]]) -> Rows:
         swept: dict[str, list[Runs]] = defaultdict(list)
         for name, runs in optimizers.items():
             options = runs[0]["options"]
-            if runs[0]["base"] in SWEPT and set(options) <= {"lr", "schedule"} and "lr" in options:
+            if runs[0]["base"] in SWEPT and set(options) <= SWEPT_WITH and "lr" in options:
                 swept[f"{runs[0]['base']}, best {options.get('schedule', 'constant')}"].append(runs)
             else:
                 rows[name][task] = runs

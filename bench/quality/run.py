@@ -18,13 +18,14 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.quality.optimizers import OURS, RULES, SWEPT, Name, Trainer, sweep
+from bench.quality.optimizers import OURS, RULES, SWEPT, Name, Trainer, parts, sweep
 from bench.quality.problem import Problem, Task
 from bench.quality.tasks import EVERY_TASK, TASKS
 from lwas_fast.backends import describe
@@ -55,10 +56,9 @@ def peak_memory(device: str) -> dict[str, int]:
 
 def warm_up(name: Name, problem: Problem) -> None:
     """Take two steps on a copy: torch sets much up on first use, which is no part of training."""
-    model = copy.deepcopy(problem.model)
-    trainer = Trainer(name, model, 2, 0.0)
-    for step in range(2):
-        trainer.step(lambda step=step: problem.loss(model, step)).item()
+    trainer = Trainer(name, replace(problem, model=copy.deepcopy(problem.model)), 2, 0.0)
+    for _ in range(2):
+        trainer.step().item()
 
 
 def train(run: Run, steps: int, full: bool, device: str, progress: Any = None) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def train(run: Run, steps: int, full: bool, device: str, progress: Any = None) -
     problem = task.build(seed, full, device)
     model = problem.model
     warm_up(name, problem)
-    trainer = Trainer(name, model, steps, task.weight_decay)
+    trainer = Trainer(name, problem, steps, task.weight_decay)
     start_memory(device)
     seconds, taken, finite = 0.0, 0, True
     losses: list[float] = []
@@ -89,14 +89,14 @@ def train(run: Run, steps: int, full: bool, device: str, progress: Any = None) -
     checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
 
     def evaluate() -> None:
-        with trainer.evaluating(model, lambda step: problem.loss(model, step)):
+        with trainer.evaluating():
             evaluations.append({"step": taken, "seconds": seconds, **problem.evaluate(model)})
 
     evaluate()
     for step in range(steps):
         begin = time.perf_counter()
         try:
-            value = trainer.step(lambda step=step: problem.loss(model, step)).item()  # waits for the device
+            value = trainer.step().item()  # waits for the device
         except torch.linalg.LinAlgError:  # Shampoo, of a statistic that is not finite
             value = math.nan
         seconds += time.perf_counter() - begin
@@ -194,7 +194,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="names, by commas or spaces: adamwlw,adamw:lr=1e-3,schedule=cosine (an option goes on after a comma)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=seeds, default=[0], help="0, or 0-4")
-    parser.add_argument("--sweep", action="store_true", help="seven rates x two schedules for adamw and sgd")
+    parser.add_argument("--sweep", action="store_true", help=f"seven rates x two schedules for {', '.join(SWEPT)}")
     parser.add_argument("--steps", type=int, help="instead of the task's")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -202,7 +202,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER")
     args = parser.parse_args(argv)
     texts: list[str] = []
-    for part in ",".join(args.optimizers).split(","):
+    for part in parts(",".join(args.optimizers)):
         if "=" in part and ":" not in part and texts:
             texts[-1] += f",{part}"  # a further option of the name before
         else:

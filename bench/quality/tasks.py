@@ -76,10 +76,10 @@ def reconstruct(
     return Problem(model, seed, draw, criterion, parts, accuracy=False)
 
 
-def fashion_mlp(seed: int, full: bool, device: str) -> Problem:
+def fashion_mlp(seed: int, full: bool, device: str, batch: int = 128) -> Problem:
     data = sources.fashion()
     model = models.mlp((784, 1000, 1000, 10) if full else (784, 256, 128, 10))
-    return classify(model, (data.x_train, data.y_train), (data.x_test, data.y_test), seed, 128, device)
+    return classify(model, (data.x_train, data.y_train), (data.x_test, data.y_test), seed, batch, device)
 
 
 def fashion_cnn(seed: int, full: bool, device: str, images: int = 60_000, batch: int = 128) -> Problem:
@@ -104,31 +104,45 @@ def cifar(
     return classify(make(full), train, test, seed, batch, device, prepare, crop_and_flip, tested)
 
 
+def hide(text: Tensor, mask: int, share: float = 0.15) -> Batch:
+    """Put `mask` in place of a share of characters; these alone are the targets; draws from torch's random state."""
+    hidden = (torch.rand(text.shape) < share).to(text.device)
+    return text.masked_fill(hidden, mask), text.masked_fill(~hidden, IGNORED)
+
+
 def characters(
-    make: Callable[[int, bool], nn.Module], length: int, batch: int, seed: int, full: bool, device: str
+    make: Callable[[int, bool], nn.Module],
+    length: int,
+    batch: int,
+    seed: int,
+    full: bool,
+    device: str,
+    masked: bool = False,
 ) -> Problem:
-    """Predict the King James Bible's next character, from windows drawn anew at every step."""
+    """Predict the King James Bible's next character, or the ones hidden, from windows drawn anew at every step."""
     train, test, alphabet = sources.bible()
     length, batch = (256, 64) if full else (length, batch)
     window = torch.arange(length + 1)
 
     def cut(text: Tensor, starts: Tensor) -> Batch:
         found = text[starts.unsqueeze(1) + window].to(device)
-        return found[:, :-1], found[:, 1:]
+        return hide(found[:, :-1], alphabet) if masked else (found[:, :-1], found[:, 1:])
 
     def draw(step: int) -> Batch:
         return cut(train, torch.randint(0, len(train) - length, (batch,)))  # Problem.loss has seeded it
 
     def part(text: Tensor) -> list[Callable[[], Batch]]:
-        starts = torch.linspace(0, len(text) - length - 1, 256).long()
-        return [partial(cut, text, some) for some in starts.split(64)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what is hidden is the same for every seed
+            batches = [cut(text, some) for some in torch.linspace(0, len(text) - length - 1, 256).long().split(64)]
+        return [lambda batch=batch: batch for batch in batches]
 
     parts = {"train": part(train), "test": part(test)}
-    return Problem(make(alphabet, full).to(device), seed, draw, tokens_loss, parts)
+    return Problem(make(alphabet + masked, full).to(device), seed, draw, tokens_loss, parts)
 
 
-def transformer(alphabet: int, full: bool) -> nn.Module:
-    return models.CharTransformer(alphabet, *((256, 384, 6, 6) if full else (64, 64, 2, 4)))
+def transformer(alphabet: int, full: bool, causal: bool = True) -> nn.Module:
+    return models.CharTransformer(alphabet, *((256, 384, 6, 6) if full else (64, 64, 2, 4)), causal)
 
 
 def lstm(alphabet: int, full: bool) -> nn.Module:
@@ -173,10 +187,15 @@ ALL = (
     Task("cnn", "small CNN, Fashion-MNIST", 700, 5000, fashion_cnn),
     Task("mlp", "784-256-128-10 (784-1000-1000-10), Fashion-MNIST", 2000, 5000, fashion_mlp),
     Task("mlp_long", "the same, three times the steps", 6000, 15_000, fashion_mlp),
+    *(Task(f"mlp_{size}", f"the same from mini-batches of {size}, as many images", 256_000 // size, 640_000 // size,
+           partial(fashion_mlp, batch=size)) for size in (32, 512, 1024)),
     Task("few", "small CNN, 1000 images of Fashion-MNIST", 600, 2000, partial(fashion_cnn, images=1000, batch=100)),
     Task(
-        "ae_fashion", "784-256-64-16 autoencoder, Fashion-MNIST, BCE", 2000, 10_000,
-        partial(reconstruct, (784, 256, 64, 16), sources.fashion_pixels, BCE, 128), 1e-5,
+        "ae_fashion", "784-256-64-16 (784-1000-500-250-30) autoencoder, Fashion-MNIST, BCE", 2000, 10_000,
+        partial(
+            reconstruct, (784, 1000, 500, 250, 30), sources.fashion_pixels, BCE, 128, small=(784, 256, 64, 16)
+        ),
+        1e-5,
     ),
     Task(
         "ae_curves", "784-400-200-100-50-25-6 autoencoder, curves-style images, BCE", 2000, 10_000,
@@ -188,12 +207,16 @@ ALL = (
         1e-5,
     ),
     Task("transformer", "2 layers of 64, King James Bible", 700, 5000, partial(characters, transformer, 64, 32)),
+    Task("masked", "the same model, but of hidden characters (15 %)", 700, 5000,
+         partial(characters, partial(transformer, causal=False), 64, 32, masked=True)),
     Task("lstm", "128 units, King James Bible", 1000, 5000, partial(characters, lstm, 64, 32)),
     Task("gcn", "2 layers of 16, Cora", 200, 200, cora_gcn, 0.0),
     Task("vgg11", "VGG11 at a quarter's width, CIFAR-10", 300, 20_000,
-         partial(cifar, lambda full: models.vgg11(1 if full else 4))),
-    Task("resnet", "ResNet-8 of width 8 (ResNet-20 of 16), CIFAR-10", 300, 20_000,
-         partial(cifar, lambda full: models.resnet(16, 3) if full else models.resnet(8, 1))),
+         partial(cifar, lambda full: models.vgg(11, 1 if full else 4))),
+    Task("vgg16", "VGG16 with BatchNorm at an eighth's width, CIFAR-10", 300, 20_000,
+         partial(cifar, lambda full: models.vgg(16, 1 if full else 8))),
+    Task("resnet", "ResNet-8 of width 8 (ResNet-32 of 16), CIFAR-10", 300, 20_000,
+         partial(cifar, lambda full: models.resnet(16, 5) if full else models.resnet(8, 1))),
     Task("vit", "2 layers of 48 (6 of 192), CIFAR-10", 300, 20_000,
          partial(cifar, lambda full: models.ViT(4, 192, 6, 6) if full else models.ViT(4, 48, 2, 4))),
 )  # fmt: skip
