@@ -21,7 +21,7 @@ from torch.nn import functional as F
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no package that one installs
-from bench.quality import report, run, tasks  # noqa: E402
+from bench.quality import pictures, report, results, run, tables, tasks  # noqa: E402
 from bench.quality.kfac import KFAC  # noqa: E402
 from bench.quality.optimizers import PARAMETER_FREE, RULES, Name, Trainer, sweep  # noqa: E402
 
@@ -260,7 +260,7 @@ def test_rates_of_ours_are_kept_and_drawn(tmp_path):
     found = trained("adamwlw", 20)
     assert found["rates"] and {len(rates) for rates in found["rates"].values()} == {len(found["curve"]["step"])}
     assert "rates" not in trained("adamw", 3)
-    (picture,) = report.draw_rates("tiny", {"adamwlw:update_every=1": {"tiny": [found]}, "adamw": {}}, tmp_path)
+    (picture,) = pictures.draw_rates("tiny", {"adamwlw:update_every=1": {"tiny": [found]}, "adamw": {}}, tmp_path)
     assert picture.name == "tiny-adamwlw_update_every=1-rates.png" and picture.stat().st_size > 10_000
 
 
@@ -343,6 +343,48 @@ def test_report_picks_the_best_rate_and_hides_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "empty")])
     assert "different sizes" in (told := capsys.readouterr().err) and "holds no runs" in told
+
+
+def made_up(loss: float, seconds: float = 4.0, **options) -> dict:
+    """A run of four points whose loss falls by one a second, to `loss` + 3 at its end."""
+    curve = {"step": [1, 2, 3, 4], "seconds": [seconds * i / 4 for i in (1, 2, 3, 4)], "loss": [9.0, 8.0, 7.0, 6.0]}
+    ends = {"step": 4, "seconds": seconds, "train": loss}
+    run = {"options": options, "seconds": seconds, "steps": 4, "steps_taken": 4, "collapsed": False, "seed": 0}
+    return run | {"curve": curve, "evaluations": [ends]}
+
+
+def test_the_loss_at_a_time_is_between_points_and_not_made_up_outside():
+    slow = made_up(1.0, 8.0)
+    assert results.loss_after(slow, 4.0) == 8.0 and results.loss_after(slow, 5.0) == 7.5
+    assert results.loss_after(slow, 8.0) == 6.0 and results.loss_after(slow, 30.0) == 6.0
+    assert math.isnan(results.loss_after(slow, 1.0))
+    assert math.isnan(results.loss_after({**slow, "steps_taken": 3}, 30.0))
+
+
+def test_tables_compare_ours_with_each_and_options_with_the_default():
+    rows = {
+        "adamw, best constant": {"a": [made_up(2.0, 2.0, lr=0.1)], "b": [made_up(1.0, 16.0, lr=0.1)]},
+        "prodigy": {"a": [made_up(math.nan)]},
+        "adamwlw": {"a": [made_up(1.0), {**made_up(2.0), "seed": 1}], "b": [made_up(1.2)]},
+        "adamwlw:cap=0.4": {"a": [made_up(1.1, cap=0.4)], "b": [made_up(0.6, cap=0.4)]},
+    }
+    plain = {row: of_task for row, of_task in rows.items() if not results.is_variant(row)}
+    assert tables.against("adamwlw", plain)[4:] == [
+        "| --- | --- | --- | --- |",
+        "| adamw, best constant | -25.0% | +20.0% | 1 of 2 |",
+        "| prodigy |  |  | 0 of 0 |",
+    ]
+    assert tables.equal_time("adamwlw", plain)[5:] == [
+        "| adamw, best constant | 6.0000 (over at 50%) | 9.0000 |",
+        "| prodigy | 6.0000 |  |",
+        "| adamwlw | 6.0000 | 6.0000 |",
+    ]
+    assert tables.variants("adamwlw", rows)[3:] == [
+        "|  | a | b | median |",
+        "| --- | --- | --- | --- |",
+        "| `cap=0.4` | +10% | -50% | -20% |",
+    ]
+    assert tables.variants("sgdlw", rows) == tables.against("sgdlw", plain) == tables.equal_time("sgdlw", plain) == []
 
 
 def test_the_average_is_judged_and_the_weights_are_trained_on():
