@@ -46,7 +46,7 @@ class SGDLW(LayerwiseOptimizer):
         weight_decay: L2 coefficient; it enters the measured curvature too.
         ramp_steps: Measured rates grow linearly from 0 to full over this many steps. Default 0, with momentum 50.
         cap: Most that a step may move a layer (schedule-free: its iterate), as a share of its weights' norm. Default
-            0.2, with momentum 0.03.
+            0.15, with momentum 0.03.
         noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off. Needs momentum, and is
             1/8 with it by default.
         warmup_rate: The rate in warm-up and of layers never measured.
@@ -60,7 +60,7 @@ class SGDLW(LayerwiseOptimizer):
     _buffers = ("momentum_buffer",)
     _free_buffers = ("offset",)
     # With momentum its first steps, where rates are largest, are what it never recovers from: docs/method.md.
-    _by_mode = {"ramp_steps": (0, 50), "cap": (0.2, 0.03), "noise_exponent": (0.0, 0.125)}
+    _by_mode = {"ramp_steps": (0, 50), "cap": (0.15, 0.03), "noise_exponent": (0.0, 0.125)}
     _fused = staticmethod(fused.sgd)
     _decoupled = False
     _average = "momentum_buffer"

@@ -149,7 +149,7 @@ def test_groups_may_differ_and_have_the_defaults_of_their_own_mode():
     ]
     opt = SGDLW(groups)
     assert [[g[name] for name in ("cap", "ramp_steps", "noise_exponent")] for g in opt.param_groups] == [
-        [0.2, 0, 0.0],
+        [0.15, 0, 0.0],
         [0.03, 50, 0.125],
     ]
     train(opt, model, batches(5))
