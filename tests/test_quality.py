@@ -200,7 +200,7 @@ def test_names_have_one_spelling_and_errors_say_what_is_wrong():
         run.parse(["--tasks", "no_such_task"])
     chosen = run.parse(["--optimizers", "adamwlw,sgd:lr=0.1,schedule=cosine", "adamw", "--sweep", "--seeds", "1-3"])
     assert chosen.optimizers == [Name("adamwlw"), *sweep("sgd"), *sweep("adamw")] and chosen.seeds == [1, 2, 3]
-    assert len(set(map(str, sweep("sgd")))) == 14
+    assert len(set(map(str, sweep("sgd")))) == 16
     assert str(Name.parse("adamwlw:betas=(0.95,0.999),cap=0.1")) == "adamwlw:betas=(0.95,0.999),cap=0.1"
     assert Name.parse("sgd:lr=0.1,schedule=constant") == Name.parse("sgd:lr=0.1")
     assert str(run.parse(["--optimizers", "adamw,sgd:lr=.1,schedule=cosine"]).optimizers[1]) == (

@@ -264,6 +264,6 @@ def test_cap_of_the_decay():
 def test_warm_up_is_capped_too_and_all_events_are_named():
     ref = ReferenceSGDLW([vec(1)], warmup_steps=1, warmup_rate=0.5, momentum=0.0)
     ref.step(lambda W: W[0].sum())
-    assert ref.applied == pytest.approx([0.2])
+    assert ref.applied == pytest.approx([0.15])
     assert fired(ref) == {"capped": 1}
     assert set(ref.events[0]) == set(EVENTS)
