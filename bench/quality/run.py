@@ -194,7 +194,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="names, by commas or spaces: adamwlw,adamw:lr=1e-3,schedule=cosine (an option goes on after a comma)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=seeds, default=[0], help="0, or 0-4")
-    parser.add_argument("--sweep", action="store_true", help=f"its rates, each constant and with a cosine, for {', '.join(SWEPT)}")
+    parser.add_argument("--sweep", action="store_true", help=f"all rates and schedules, of {', '.join(SWEPT)}")
     parser.add_argument("--steps", type=int, help="instead of the task's")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
