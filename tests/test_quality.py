@@ -264,6 +264,20 @@ def test_rates_of_ours_are_kept_and_drawn(tmp_path):
     assert picture.name == "tiny-adamwlw_update_every=1-rates.png" and picture.stat().st_size > 10_000
 
 
+def test_what_measuring_costs_is_drawn(tmp_path, capsys):
+    names = ["adamwlw", "adamwlw:update_every=1", "adamwlw:update_every=5", "adamwlw:update_every=5,cap=0.1", "adamw"]
+    for name in names:
+        go(tmp_path, "--optimizers", name, "--steps", "4")
+    capsys.readouterr()
+    report.main([str(tmp_path), "--draw", "adamw", "--rates"])
+    drawn = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("drawn:")]
+    assert drawn == [str(tmp_path / "tiny.png"), str(tmp_path / "tiny-adamwlw-costs.png")]
+    assert (tmp_path / "tiny-adamwlw-costs.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path), "--draw", "prodigy"])
+    assert "no row is named prodigy" in capsys.readouterr().err
+
+
 def trained_for_a_while(name: str):
     """A problem, its trainer, and the weights after 25 steps."""
     problem = TINY.build(0)

@@ -6,20 +6,23 @@ import argparse
 from pathlib import Path
 
 from bench.quality.optimizers import OURS
-from bench.quality.pictures import draw, draw_rates
+from bench.quality.pictures import draw, draw_costs, draw_rates
 from bench.quality.results import is_variant, load, rows_of
 from bench.quality.run import OUT
 from bench.quality.tables import tables
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write quality.md, one picture a task, and one a task of the rates of each of ours that is asked for."""
+    """Write quality.md; draw each task's losses, the rates of each of ours that is asked for, and what T costs."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.quality.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?", default=OUT)
     parser.add_argument("--out", type=Path, help="default: the same folder")
     parser.add_argument("--rates", nargs="*", default=list(OURS), metavar="NAME", help="draw these one's rates")
+    parser.add_argument(
+        "--draw", nargs="*", metavar="ROW", help="draw these rows' losses; default: all without options"
+    )
     args = parser.parse_args(argv)
     try:
         found = load(args.folder)
@@ -31,10 +34,15 @@ def main(argv: list[str] | None = None) -> None:
     (out / "quality.md").write_text(text)
     print(text)
     rows = rows_of(found)
-    plain = {row: of_task for row, of_task in rows.items() if not is_variant(row)}
+    if unknown := set(args.draw or ()) - set(rows):
+        parser.exit(1, f"error: no row is named {', '.join(sorted(unknown))}; there are {', '.join(rows)}\n")
+    shown = {r: of_task for r, of_task in rows.items() if (r in args.draw if args.draw else not is_variant(r))}
     for task in found:
-        draw(task, plain, out / f"{task}.png")
-        for path in (out / f"{task}.png", *draw_rates(task, {row: rows.get(row, {}) for row in args.rates}, out)):
+        drawn = draw(task, shown, out / f"{task}.png")
+        drawn += draw_rates(task, {row: rows.get(row, {}) for row in args.rates}, out)
+        for ours in OURS:
+            drawn += draw_costs(task, ours, rows, out / f"{task}-{ours}-costs.png")
+        for path in drawn:
             print("drawn:", path)
 
 

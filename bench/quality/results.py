@@ -98,6 +98,11 @@ def mean(runs: Runs, metric: str) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
+def standard_error(values: list[float]) -> float:
+    """Of the mean; 0 for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
 def loss_after(run: dict, seconds: float) -> float:
     """The mini-batches' mean loss at a time, between two points of the curve in proportion; the last when it was over.
 

@@ -6,7 +6,7 @@ import math
 import statistics
 
 from bench.quality.optimizers import OURS
-from bench.quality.results import Rows, Runs, final, is_variant, loss_after, mean, rows_of
+from bench.quality.results import Rows, Runs, final, is_variant, loss_after, mean, rows_of, standard_error
 
 METRICS = {
     "train": "Final training loss, on a fixed subset in eval mode (lower is better)",
@@ -29,7 +29,7 @@ def cell(runs: Runs, metric: str) -> str:
     digits = 1 if metric in ("accuracy", "seconds") else 4
     text = f"{statistics.fmean(values):.{digits}f}"
     if len(values) > 1:
-        text += f" ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+        text += f" ± {standard_error(values):.{digits}f}"
     text += f" ({rate})" if (rate := runs[0].get("rate")) else ""
     return text + (f" ({collapsed}/{len(runs)} collapsed)" if collapsed else "")
 
