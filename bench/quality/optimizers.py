@@ -155,7 +155,7 @@ class Name:
 
 
 def sweep(base: str) -> list[Name]:
-    """The rates and schedules of a sweep over AdamW or SGD."""
+    """Every rate of a sweep, constant and with a cosine to 0."""
     return [Name.parse(f"{base}:lr={lr},schedule={schedule}") for schedule in SCHEDULES for lr in SWEPT[base]]
 
 
