@@ -101,7 +101,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_growth": _number(1, open_low=True),
     "warmup_steps": _integer(0),
     "warmup_rate": _number(0, math.inf, open_high=True),
-    "ramp_steps": _or_none(_integer(0)),
+    "ramp_steps": _integer(0),
     "damping": _number(0, math.inf, open_high=True),
     "negative_curvature": _one_of("abs", "skip"),
     "self_concordance": _number(0, math.inf, open_high=True),

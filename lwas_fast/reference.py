@@ -247,7 +247,7 @@ class Reference:
 class ReferenceSGDLW(Reference):
     """SGD-m-LW: momentum as an average, L2 weight decay."""
 
-    adam, defaults = False, Hyper(cap=0.15)
+    adam, defaults = False, Hyper(cap=0.15, ramp_steps=50)
 
 
 class ReferenceAdamWLW(Reference):

@@ -44,7 +44,7 @@ class SGDLW(LayerwiseOptimizer):
         momentum: Share of the average in the weights that are trained on (with momentum: decay of the gradient's
             average), in [0, 1).
         weight_decay: L2 coefficient; it enters the measured curvature too.
-        ramp_steps: Measured rates grow linearly from 0 to full over this many steps. Default 0, with momentum 50.
+        ramp_steps: Measured rates grow linearly from 0 to full over this many steps.
         cap: Most that a step may move a layer (schedule-free: its iterate), as a share of its weights' norm. Default
             0.15, with momentum 0.03.
         noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off. Needs momentum, and is
@@ -59,8 +59,7 @@ class SGDLW(LayerwiseOptimizer):
 
     _buffers = ("momentum_buffer",)
     _free_buffers = ("offset",)
-    # With momentum its first steps, where rates are largest, are what it never recovers from: docs/method.md.
-    _by_mode = {"ramp_steps": (0, 50), "cap": (0.15, 0.03), "noise_exponent": (0.0, 0.125)}
+    _by_mode = {"cap": (0.15, 0.03), "noise_exponent": (0.0, 0.125)}
     _fused = staticmethod(fused.sgd)
     _decoupled = False
     _average = "momentum_buffer"
@@ -72,7 +71,7 @@ class SGDLW(LayerwiseOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         *,
-        ramp_steps: int | None = None,
+        ramp_steps: int = 50,
         cap: float | None = None,
         noise_exponent: float | None = None,
         warmup_rate: float = 1e-2,

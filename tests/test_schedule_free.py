@@ -148,9 +148,9 @@ def test_groups_may_differ_and_have_the_defaults_of_their_own_mode():
         {"params": list(model[2].named_parameters(prefix="2")), "schedule_free": False},
     ]
     opt = SGDLW(groups)
-    assert [[g[name] for name in ("cap", "ramp_steps", "noise_exponent")] for g in opt.param_groups] == [
-        [0.15, 0, 0.0],
-        [0.03, 50, 0.125],
+    assert [[g[name] for name in ("cap", "noise_exponent")] for g in opt.param_groups] == [
+        [0.15, 0.0],
+        [0.03, 0.125],
     ]
     train(opt, model, batches(5))
     assert ["offset" in opt.state[p] for p in model[:3].parameters()] == [True, True, False, False]
