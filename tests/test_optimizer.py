@@ -125,7 +125,7 @@ def test_minimizing_equals_maximizing_the_negative(kind):
 @EACH
 def test_scheduler_scales_the_step(kind):
     model = small_net()
-    opt = OPTIMIZERS[kind](model.named_parameters(), cap=math.inf)
+    opt = OPTIMIZERS[kind](model.named_parameters(), cap=math.inf, ramp_steps=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 0.5**k)
     for batch in batches(3):
         train(opt, model, [batch])
