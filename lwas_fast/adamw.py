@@ -46,9 +46,10 @@ class AdamWLW(LayerwiseOptimizer):
             and decay of the average of the gradient's square; each in [0, 1).
         eps: Added to the denominator; greater than 0.
         weight_decay: Decoupled decay; it enters the measured curvature too.
-        ramp_steps: Measured rates grow linearly from 0 to full over this many steps.
-        cap: Most that a step may move a layer (schedule-free: its iterate), as a share of its weights' norm. Default
-            0.2, with momentum 0.1.
+        ramp_steps: Steps after warm-up over which measured rates grow linearly from 0 to full.
+        cap: Most that a rate may move a layer (schedule-free: its iterate) in a step, before `lr`, ramp and weight
+            decay, as a share of the norm of its N weights, which counts as 0.01·√N at least. Default 0.2, with momentum
+            0.1.
         noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off. Needs momentum.
         warmup_rate: The rate in warm-up and of layers never measured.
         schedule_free: Whether to train schedule-free, or with momentum.

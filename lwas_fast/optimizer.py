@@ -46,12 +46,8 @@ class LayerwiseOptimizer(Optimizer):
         hvp (str): ``"autograd"`` (default) or ``"finite_difference"``. ``step(closure)`` uses the latter anyway.
         rate_horizon (float | None): Steps over which rates are averaged; 0: no averaging. Default: 100, and at least 5
             refreshes.
-        noise_exponent (float): Power of the share of signal in the gradient that scales rates; 0: off.
         max_growth (float): Most that a measured rate may exceed the present one, as a factor. Default 10.
         warmup_steps (int): Steps without measurement, at ``warmup_rate``. Default 0.
-        warmup_rate (float): The rate in warm-up and of layers never measured.
-        ramp_steps (int): Steps after warm-up over which measured rates grow linearly to full.
-        cap (float): Most that a step may move a layer (schedule-free: its iterate), as a share of its weights' norm.
         damping (float): Added to the curvature, times the squared norm of the direction. Default 0.
         negative_curvature (str): ``"abs"`` (default; its size is the scale) or ``"skip"`` (no refresh).
         self_concordance (float): M of the closed form. Default 2.

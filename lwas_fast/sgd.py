@@ -44,9 +44,9 @@ class SGDLW(LayerwiseOptimizer):
         momentum: Share of the average in the weights that are trained on (with momentum: decay of the gradient's
             average), in [0, 1).
         weight_decay: L2 coefficient; it enters the measured curvature too.
-        ramp_steps: Measured rates grow linearly from 0 to full over this many steps.
-        cap: Most that a step may move a layer (schedule-free: its iterate), as a share of its weights' norm. Default
-            0.15, with momentum 0.03.
+        ramp_steps: Steps after warm-up over which measured rates grow linearly from 0 to full.
+        cap: Most that a rate may move a layer (schedule-free: its iterate) in a step, before `lr` and ramp, as a share
+            of the norm of its N weights, which counts as 0.01·√N at least. Default 0.15, with momentum 0.03.
         noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off. Needs momentum, and is
             1/8 with it by default.
         warmup_rate: The rate in warm-up and of layers never measured.
