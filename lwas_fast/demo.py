@@ -112,8 +112,9 @@ def compare(data: Images, batches: Sequence[Tensor], seed: int, bars: Bars) -> l
                     bars.advance(run)
     for run, model, optimizer in zip(runs, models, optimizers, strict=True):
         if isinstance(optimizer, AdamWLW):
-            optimizer.eval()  # the average of the weights, which BatchNorm has gathered no statistics with
-            update_bn((data.x_train[batch] for batch in batches[-BATCHES_FOR_NORM:]), model)
+            optimizer.eval()  # the average of the weights
+        # BatchNorm has gathered no statistics with an average, and late ones with weights that move: anew, for both.
+        update_bn((data.x_train[batch] for batch in batches[-BATCHES_FOR_NORM:]), model)
         run.train_loss, _ = evaluate(model, data.x_train[:EVALUATED], data.y_train[:EVALUATED])
         run.test_loss, run.test_accuracy = evaluate(model, data.x_test, data.y_test)
     return runs
