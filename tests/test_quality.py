@@ -23,7 +23,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no package that one installs
 from bench.quality import pictures, report, results, run, tables, tasks  # noqa: E402
 from bench.quality.kfac import KFAC  # noqa: E402
-from bench.quality.optimizers import PARAMETER_FREE, RULES, Name, Trainer, sweep  # noqa: E402
+from bench.quality.optimizers import BATCHES_FOR_NORM, PARAMETER_FREE, RULES, Name, Trainer, sweep  # noqa: E402
 
 TINY = tasks.EVERY_TASK["tiny"]
 
@@ -203,6 +203,7 @@ def test_names_have_one_spelling_and_errors_say_what_is_wrong():
     assert len(set(map(str, sweep("sgd")))) == 16
     assert str(Name.parse("adamwlw:betas=(0.95,0.999),cap=0.1")) == "adamwlw:betas=(0.95,0.999),cap=0.1"
     assert Name.parse("sgd:lr=0.1,schedule=constant") == Name.parse("sgd:lr=0.1")
+    assert {str(Name.parse(f"sgd:lr={lr}")) for lr in ("3", "3.0", "3e0")} == {"sgd:lr=3"}
     assert str(run.parse(["--optimizers", "adamw,sgd:lr=.1,schedule=cosine"]).optimizers[1]) == (
         "sgd:lr=0.1,schedule=cosine"
     )
@@ -244,7 +245,18 @@ def test_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys):
     assert ran == [("adamwlw", 1)] and files[3].is_file()
     with pytest.raises(SystemExit, match="adamwlw-seed0.json is a run of 60 steps"):
         go(tmp_path, "--optimizers", "adamwlw", "--steps", "7")
-    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run.parse(["--seeds", "4-0"])
+    assert "4-0 are no seeds" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
+    with pytest.raises(
+        SystemExit, match="1 of 2 runs failed; the first was tiny, adamwlw:nonsense=1, seed 0: .*nonsen"
+    ):
+        go(tmp_path, "--optimizers", "adamwlw:nonsense=1,sgd")
+    assert [f.name for f in tmp_path.glob("tiny/*")] == ["sgd-seed0.json"]
+    assert "FAILED tiny, adamwlw:nonsense=1" in capsys.readouterr().out
 
 
 def test_curve_is_the_mean_of_the_steps_since_the_last_point(monkeypatch):
@@ -274,8 +286,8 @@ def test_what_measuring_costs_is_drawn(tmp_path, capsys):
     assert drawn == [str(tmp_path / "tiny.png"), str(tmp_path / "tiny-adamwlw-costs.png")]
     assert (tmp_path / "tiny-adamwlw-costs.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
-        report.main([str(tmp_path), "--draw", "prodigy"])
-    assert "no row is named prodigy" in capsys.readouterr().err
+        report.main([str(tmp_path), "--draw", "prodigy", "--rates", "dog", "--out", str(tmp_path / "nowhere")])
+    assert "no row is named dog, prodigy" in capsys.readouterr().err and not (tmp_path / "nowhere").exists()
 
 
 def trained_for_a_while(name: str):
@@ -294,6 +306,24 @@ def test_schedule_free_the_average_is_judged():
         torch.testing.assert_close(next(problem.model.parameters()).detach(), before[0] - 0.1 * offset)
     for p, a in zip(problem.model.parameters(), before, strict=True):
         torch.testing.assert_close(p.detach(), a)
+
+
+@pytest.mark.parametrize("name", ["sgd:lr=0.1", "adamwlw", "adamwlw:average=0.5,schedule_free=False"])
+def test_batchnorm_is_judged_with_statistics_of_its_weights_whatever_the_optimizer(name):
+    problem = TINY.build(0)
+    norm = torch.nn.BatchNorm1d(problem.batch(0)[0].flatten(1).shape[1])
+    problem.model.insert(0, torch.nn.Flatten())
+    problem.model.insert(1, norm)
+    trainer = Trainer(Name.parse(name), problem, 40, 0.0)
+    for _ in range(25):
+        trainer.step()
+    before = {key: value.clone() for key, value in problem.model.state_dict().items()}
+    means = [problem.batch(step)[0].flatten(1).mean(0) for step in range(BATCHES_FOR_NORM)]
+    with trainer.evaluating():
+        torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0))
+        assert not torch.allclose(norm.running_mean, before["1.running_mean"])
+    assert problem.model.training and norm.momentum == 0.1
+    assert all(torch.equal(value, before[key]) for key, value in problem.model.state_dict().items())
 
 
 def test_a_run_cut_short_leaves_no_result(tmp_path):
@@ -345,8 +375,8 @@ def test_report_picks_the_best_rate_and_hides_nothing(tmp_path, capsys):
     start = next(i for i, line in enumerate(lines) if line.startswith("## Final training loss"))
     assert lines[start + 4 : start + 8] == [
         "| adamw, best constant | 0.4000 ± 0.1000 (lr 0.01, best of 4) | 0 of 2 |",
-        "| adamw, best cosine | 0.2000 ± 0.0000 (lr 0.01, best of 1) | 0 of 2 |",
-        f"| {PARAMETER_FREE[0]} | 0.6000 ± 0.0000 | 0 of 2 |",
+        "| adamw, best cosine | 0.2000 (lr 0.01, best of 1) | 0 of 2 |",
+        f"| {PARAMETER_FREE[0]} | 0.6000 | 0 of 2 |",
         "| adamwlw | 0.3000 ± 0.0500 (1/3 collapsed) | 1 of 3 |",
     ]
     assert (tmp_path / "pictures" / "tiny.png").stat().st_size > 10_000
@@ -375,30 +405,54 @@ def test_the_loss_at_a_time_is_between_points_and_not_made_up_outside():
     assert math.isnan(results.loss_after({**slow, "steps_taken": 3}, 30.0))
 
 
-def test_tables_compare_ours_with_each_and_options_with_the_default():
+def test_tables_compare_seed_by_seed_and_options_with_the_default():
+    other = {"seed": 1}
     rows = {
-        "adamw, best constant": {"a": [made_up(2.0, 2.0, lr=0.1)], "b": [made_up(1.0, 16.0, lr=0.1)]},
-        "prodigy": {"a": [made_up(math.nan)]},
-        "adamwlw": {"a": [made_up(1.0), {**made_up(2.0), "seed": 1}], "b": [made_up(1.2)]},
+        "adamw, best constant": {
+            "a": [made_up(2.0, 2.0, lr=0.1), made_up(1.0, 2.0, lr=0.1) | other],
+            "b": [made_up(1.0, 16.0)],
+        },
+        "prodigy": {"a": [made_up(math.nan)], "b": [made_up(1.0), made_up(math.nan) | other]},
+        "adamwlw": {
+            "a": [made_up(1.0), made_up(2.0) | other, made_up(90.0) | {"seed": 2}],
+            "b": [made_up(1.2), made_up(1.0) | other],
+        },
         "adamwlw:cap=0.4": {"a": [made_up(1.1, cap=0.4)], "b": [made_up(0.6, cap=0.4)]},
     }
     plain = {row: of_task for row, of_task in rows.items() if not results.is_variant(row)}
     assert tables.against("adamwlw", plain)[4:] == [
         "| --- | --- | --- | --- |",
-        "| adamw, best constant | -25.0% | +20.0% | 1 of 2 |",
-        "| prodigy |  |  | 0 of 0 |",
+        "| adamw, best constant | +0.0 ± 66.7 | +20.0 | 1 of 2 |",  # the third seed is not AdamW's
+        "| prodigy | collapsed | +20.0 (1/2) | 0 of 1 |",
     ]
-    assert tables.equal_time("adamwlw", plain)[5:] == [
-        "| adamw, best constant | 6.0000 (over at 50%) | 9.0000 |",
-        "| prodigy | 6.0000 |  |",
-        "| adamwlw | 6.0000 | 6.0000 |",
+    assert tables.equal_time("adamwlw", plain)[3:] == [
+        "|  | a, 4 s | b, 4 s |",
+        "| --- | --- | --- |",
+        "| adamw, best constant | +0.0 ± 0.0 (over at 50%) | -33.3 |",
+        "| prodigy | +0.0 | +0.0 ± 0.0 |",
     ]
     assert tables.variants("adamwlw", rows)[3:] == [
         "|  | a | b | median |",
         "| --- | --- | --- | --- |",
-        "| `cap=0.4` | +10% | -50% | -20% |",
+        "| `cap=0.4` | +10.0 | -50.0 | -20.0 |",
     ]
     assert tables.variants("sgdlw", rows) == tables.against("sgdlw", plain) == tables.equal_time("sgdlw", plain) == []
+
+
+def test_losses_have_four_digits():
+    assert [f"{x:.{tables.decimals(x)}f}" for x in (0.0001234567, 0.2332, 1.6852, 0.0, 153.21, 4321.0)] == [
+        "0.0001235", "0.2332", "1.685", "0.0000", "153.2", "4321",
+    ]  # fmt: skip
+
+
+def test_every_run_gets_the_pace_of_the_fastest_with_the_same_work():
+    fast, slow = made_up(1.0, 2.0, lr=0.1), made_up(1.0, 8.0, lr=0.3, schedule="cosine")
+    more, broken = made_up(1.0, 8.0, update_every=1), made_up(1.0, 8.0, lr=9.0) | {"steps_taken": 2}
+    for run_ in (fast, slow, more, broken):
+        run_["base"] = "adamw"
+    results.undisturb([[fast, slow], [more], [broken]])
+    assert [run_["seconds"] for run_ in (fast, slow, more, broken)] == [2.0, 2.0, 8.0, 1.0]
+    assert slow["curve"]["seconds"] == [0.5, 1.0, 1.5, 2.0]
 
 
 def test_the_average_is_judged_and_the_weights_are_trained_on():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +19,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import update_bn
 
 from bench.quality.kfac import KFAC
 from bench.quality.problem import Problem
@@ -31,10 +32,11 @@ from lwas_fast.optimizer import LayerwiseOptimizer
 SCHEDULES = ("constant", "cosine")
 Factory = Callable[..., Optimizer]
 OURS = ("adamwlw", "sgdlw")
-SWEPT = {  # two a decade; so far that no task here has its best rate at an end
+SWEPT = {  # two a decade; where a task had its best rate at an end, rates beyond were run on it by name
     "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
-    "shampoo": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "sf_adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "shampoo": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     "adahessian": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     "sophia_h": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "kfac": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
@@ -114,7 +116,7 @@ def parts(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Name:
-    """An optimizer with its options, and its one spelling: options sorted, numbers in Python's shortest form."""
+    """An optimizer with its options, and its one spelling: options sorted, numbers short (1e-3 is 0.001, 3.0 is 3)."""
 
     base: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -145,7 +147,8 @@ class Name:
         return cls(base, tuple(sorted(options.items())))
 
     def __str__(self) -> str:
-        text = ",".join(f"{key}={value}".replace(" ", "") for key, value in self.options)
+        short = ((key, f"{value:.15g}" if isinstance(value, float) else str(value)) for key, value in self.options)
+        text = ",".join(f"{key}={value}".replace(" ", "") for key, value in short)
         return f"{self.base}:{text}" if text else self.base
 
     @property
@@ -155,11 +158,13 @@ class Name:
 
 
 def sweep(base: str) -> list[Name]:
-    """Every rate of a sweep, constant and with a cosine to 0."""
-    return [Name.parse(f"{base}:lr={lr},schedule={schedule}") for schedule in SCHEDULES for lr in SWEPT[base]]
+    """Every rate of a sweep, constant and, but for Schedule-Free, with a cosine to 0."""
+    schedules = SCHEDULES[:1] if base in PARAMETER_FREE else SCHEDULES
+    return [Name.parse(f"{base}:lr={lr},schedule={schedule}") for schedule in schedules for lr in SWEPT[base]]
 
 
 AVERAGE_EVERY = 10  # steps from one update of the average to the next
+BATCHES_FOR_NORM = 20  # that BatchNorm gathers its statistics from, of the weights that are judged
 
 
 class Trainer:
@@ -188,9 +193,7 @@ class Trainer:
         self.optimizer = self.rule.make(problem, **options)
         self.scheduler = None
         if schedule == "cosine":
-            self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
-            )
+            self.scheduler = CosineAnnealingLR(self.optimizer, steps)
         if self.modes:
             self.optimizer.train()
 
@@ -223,24 +226,17 @@ class Trainer:
     def evaluating(self) -> Iterator[None]:
         """The weights that are to be judged: schedule-free and with `average` the average, others' as they are.
 
-        BatchNorm's statistics are those of the weights trained with, so some training batches are evaluated with the
-        average before it is judged, as Schedule-Free's authors have it.
+        BatchNorm gathers its statistics anew, for every optimizer alike: an average has none, and running ones lag
+        behind weights that move fast. Afterwards all is as it was.
         """
+        kept = copy.deepcopy(self.model.state_dict())
         averages = self.average is not None and self.steps >= AVERAGE_EVERY
-        if not self.modes and not averages:
-            yield
-            return
         if averages:
-            kept = copy.deepcopy(self.model.state_dict())
             self.model.load_state_dict(self.average.module.state_dict())
-        else:
+        elif self.modes:
             self.optimizer.eval()
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
-            with torch.no_grad():
-                for step in range(50):
-                    self.problem.loss(self.model, step)
+        update_bn((self.problem.batch(step)[0] for step in range(BATCHES_FOR_NORM)), self.model)
         yield
-        if averages:
-            self.model.load_state_dict(kept)
-        else:
+        if self.modes and not averages:
             self.optimizer.train()
+        self.model.load_state_dict(kept)

@@ -28,14 +28,15 @@ def main(argv: list[str] | None = None) -> None:
         found = load(args.folder)
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
+    rows = rows_of(found)
+    asked = [*(args.draw or ()), *(name for name in args.rates if name not in OURS)]
+    if unknown := sorted(set(asked) - set(rows)):
+        parser.exit(1, f"error: no row is named {', '.join(unknown)}; there are {', '.join(rows)}\n")
     out = args.out or args.folder
     out.mkdir(parents=True, exist_ok=True)
     text = tables(found)
     (out / "quality.md").write_text(text)
     print(text)
-    rows = rows_of(found)
-    if unknown := set(args.draw or ()) - set(rows):
-        parser.exit(1, f"error: no row is named {', '.join(sorted(unknown))}; there are {', '.join(rows)}\n")
     shown = {r: of_task for r, of_task in rows.items() if (r in args.draw if args.draw else not is_variant(r))}
     for task in found:
         drawn = draw(task, shown, out / f"{task}.png")

@@ -24,7 +24,7 @@ def load(folder: Path) -> dict[str, dict[str, Runs]]:
     """Read every run.
 
     Returns:
-        Task -> optimizer -> runs by seed.
+        Task -> optimizer -> runs by seed, in undisturbed seconds.
 
     Raises:
         FileNotFoundError: There are none.
@@ -39,9 +39,24 @@ def load(folder: Path) -> dict[str, dict[str, Runs]]:
     for task, optimizers in found.items():
         if len(sizes := {(run["steps"], run["full"]) for runs in optimizers.values() for run in runs}) > 1:
             raise ValueError(f"{task}: runs of different sizes (steps, full): {sorted(sizes)}")
+        undisturb(list(optimizers.values()))
         for runs in optimizers.values():
             runs.sort(key=lambda run: run["seed"])
     return {name: found[name] for name in EVERY_TASK if name in found}
+
+
+def undisturb(optimizers: list[Runs]) -> None:
+    """Give each run of a task the pace of the fastest with the same work: whatever else ran can only have slowed it."""
+    alike: dict[str, Runs] = defaultdict(list)
+    for run in (run for runs in optimizers for run in runs):
+        options = {key: value for key, value in run["options"].items() if key not in SWEPT_WITH}
+        alike[f"{run['base']} {sorted(options.items())}"].append(run)
+    for runs in alike.values():
+        pace = min(run["seconds"] / run["steps_taken"] for run in runs)
+        for run in runs:
+            share = pace * run["steps_taken"] / run["seconds"]
+            run["seconds"] *= share
+            run["curve"]["seconds"] = [share * time for time in run["curve"]["seconds"]]
 
 
 def final(run: dict, metric: str) -> float:
@@ -50,9 +65,14 @@ def final(run: dict, metric: str) -> float:
     return math.nan if value is None else value * (100 if metric == "accuracy" else 1)
 
 
+def final_loss(run: dict) -> float:
+    """On the training set, in evaluation mode."""
+    return final(run, "train")
+
+
 def mean_loss(runs: Runs) -> float:
     """What a rate is chosen by: the mean final training loss, infinite where a run collapsed."""
-    return math.inf if any(run["collapsed"] for run in runs) else statistics.fmean(final(r, "train") for r in runs)
+    return math.inf if any(run["collapsed"] for run in runs) else statistics.fmean(map(final_loss, runs))
 
 
 def best_rate(candidates: list[Runs]) -> Runs:
@@ -96,6 +116,12 @@ def mean(runs: Runs, metric: str) -> float:
     """Over the seeds, of those that ended with a number; NaN where none did."""
     values = [value for run in runs if math.isfinite(value := final(run, metric))]
     return statistics.fmean(values) if values else math.nan
+
+
+def paired(ours: Runs, theirs: Runs) -> list[tuple[dict, dict]]:
+    """The runs of the seeds that both have: other seeds have other weights, mini-batches, and losses."""
+    by_seed = {run["seed"]: run for run in theirs}
+    return [(run, by_seed[run["seed"]]) for run in ours if run["seed"] in by_seed]
 
 
 def standard_error(values: list[float]) -> float:

@@ -183,7 +183,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     def seeds(text: str) -> list[int]:
         low, _, high = text.partition("-")
-        return list(range(int(low), int(high or low) + 1))
+        if not (found := list(range(int(low), int(high or low) + 1))):
+            raise argparse.ArgumentTypeError(f"{text} are no seeds: give the lower first")
+        return found
 
     parser = argparse.ArgumentParser(
         prog="python -m bench.quality.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -231,25 +233,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")  # Trainer breaks the cycle
     runs = [(task, name, seed) for seed in args.seeds for task in args.tasks for name in args.optimizers]
     lengths = {task.name: args.steps or (task.full_steps if args.full else task.steps) for task in args.tasks}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         runs = [run for run in runs if not is_done(args.out, run, lengths[run[0].name], args.full)]
-        with Progress(*columns) as progress:
-            whole = progress.add_task("runs", total=len(runs))
-            for run in runs:
-                task, name, seed = run
-                steps = lengths[task.name]
-                bar = progress.add_task(f"{task.name}, {name}, seed {seed}", total=steps)
-                found = train(run, steps, args.full, args.device, lambda k, bar=bar: progress.update(bar, completed=k))
-                write(path_of(args.out, run), found)
-                progress.remove_task(bar)
-                end = found["evaluations"][-1]
-                told = ", ".join(f"{key} {end[key]:.4g}" for key in ("train", "test", "accuracy") if key in end)
-                note = " COLLAPSED" if found["collapsed"] else ""
-                progress.console.print(f"{task.name}, {name}, seed {seed}: {told}, {found['seconds']:.1f} s{note}")
-                progress.advance(whole)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError, TypeError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    failures = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        for run in progress.track(runs, description="runs"):
+            if path_of(args.out, run).is_file():  # by now: somebody else is at work here as well
+                continue
+            task, name, seed = run
+            label, steps = f"{task.name}, {name}, seed {seed}", lengths[task.name]
+            bar = progress.add_task(label, total=steps)
+            try:
+                found = train(run, steps, args.full, args.device, lambda k, bar=bar: progress.update(bar, completed=k))
+            except (FileNotFoundError, ModuleNotFoundError, ValueError, TypeError) as error:  # others may be well
+                failures.append(f"{label}: {error}")
+                progress.console.print(f"FAILED {failures[-1]}")
+                continue
+            finally:
+                progress.remove_task(bar)
+            write(path_of(args.out, run), found)
+            end = found["evaluations"][-1]
+            told = ", ".join(f"{key} {end[key]:.4g}" for key in ("train", "test", "accuracy") if key in end)
+            note = " COLLAPSED" if found["collapsed"] else ""
+            progress.console.print(f"{label}: {told}, {found['seconds']:.1f} s{note}")
+    if failures:
+        sys.exit(f"error: {len(failures)} of {len(runs)} runs failed; the first was {failures[0]}")
 
 
 if __name__ == "__main__":

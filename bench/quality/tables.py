@@ -4,17 +4,53 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 from bench.quality.optimizers import OURS
-from bench.quality.results import Rows, Runs, final, is_variant, loss_after, mean, rows_of, standard_error
+from bench.quality.results import (
+    Rows,
+    Runs,
+    final,
+    final_loss,
+    is_variant,
+    loss_after,
+    mean,
+    paired,
+    rows_of,
+    standard_error,
+)
 
 METRICS = {
     "train": "Final training loss, on a fixed subset in eval mode (lower is better)",
     "test": "Final test loss (lower is better)",
     "accuracy": "Final test accuracy, % (higher is better)",
-    "seconds": "Seconds of training",
+    "seconds": "Seconds of training, at the fastest run's pace",
 }
 Found = dict[str, dict[str, Runs]]
+
+
+def decimals(value: float) -> int:
+    """How many show four significant digits, of values below 1000."""
+    return 4 if not value else max(0, 3 - math.floor(math.log10(abs(value))))
+
+
+def change(ours: Runs, theirs: Runs, loss: Callable[[dict], float] = final_loss) -> tuple[float, str]:
+    """By how much the loss of `ours` is above (+) or below (-) that of `theirs`, on the seeds of both.
+
+    Returns:
+        The share, infinite where nothing is left to compare; and in %, ± its standard error over seeds. Seeds where a
+        run ended in NaN are left out, and it says so.
+    """
+    pairs = [(loss(a), loss(b)) for a, b in paired(ours, theirs)]
+    finite = [(a, b) for a, b in pairs if math.isfinite(a + b)]
+    if not finite:
+        return math.inf, "collapsed" if pairs else ""
+    base = statistics.fmean(b for _, b in finite)
+    differences = [(a - b) / base for a, b in finite]
+    share, error = statistics.fmean(differences), standard_error(differences)
+    text = f"{share:+.1%}"[:-1] + (f" ± {error:.1%}"[:-1] if len(finite) > 1 else "")
+    return share, text + (f" ({len(finite)}/{len(pairs)})" if len(finite) < len(pairs) else "")
 
 
 def cell(runs: Runs, metric: str) -> str:
@@ -26,10 +62,9 @@ def cell(runs: Runs, metric: str) -> str:
     collapsed = sum(run["collapsed"] for run in runs)
     if not values:
         return f"({collapsed}/{len(runs)} collapsed)" if collapsed else ""
-    digits = 1 if metric in ("accuracy", "seconds") else 4
-    text = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {standard_error(values):.{digits}f}"
+    error = standard_error(values)
+    places = 1 if metric in ("accuracy", "seconds") else decimals(statistics.fmean(values))
+    text = f"{statistics.fmean(values):.{places}f}" + (f" ± {error:.{places}f}" if error else "")
     text += f" ({rate})" if (rate := runs[0].get("rate")) else ""
     return text + (f" ({collapsed}/{len(runs)} collapsed)" if collapsed else "")
 
@@ -51,7 +86,10 @@ def introduction(found: Found, rows: Rows) -> list[str]:
     seeds = sorted({len(runs) for of_task in rows.values() for runs in of_task.values()})
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     lines = [f"Mean ± standard error over seeds ({span} a cell; {where})."]
-    lines.append("The best rate of a sweep is the one of lowest mean final training loss on these same runs.")
+    lines.append(
+        "The best rate of a sweep is the one of lowest mean final training loss on these same runs. A run has "
+        "collapsed where it ended in NaN or above the loss it started from."
+    )
     sizes = [next(iter(optimizers.values()))[0] for optimizers in found.values()]
     return [*lines, "", *(f"- {r['task']}: {r['about']}; {r['steps']} steps, {r['parameters']} weights" for r in sizes)]
 
@@ -73,33 +111,32 @@ def against(ours: str, rows: Rows) -> list[str]:
     """By how much the final training loss of one of ours is above (+) or below (-) each other row's."""
     tasks, lines = list(rows.get(ours, {})), []
     for row, of_task in rows.items():
-        by = {t: mean(rows[ours][t], "train") / mean(of_task[t], "train") - 1 for t in tasks if t in of_task}
+        by = {task: change(rows[ours][task], of_task[task]) for task in tasks if task in of_task}
         if row in OURS or not by:
             continue
-        counted = [value for value in by.values() if math.isfinite(value)]
-        below = f"{sum(value <= 0 for value in counted)} of {len(counted)}"
-        lines.append([row, *(f"{by[t]:+.1%}" if t in by and math.isfinite(by[t]) else "" for t in tasks), below])
-    return table(
-        f"Final training loss of {ours} against each (below 0: ours is lower)", ["", *tasks, "at or below"], lines
-    )
+        counted = [share for share, _ in by.values() if math.isfinite(share)]
+        below = f"{sum(share <= 0 for share in counted)} of {len(counted)}"
+        lines.append([row, *(by[task][1] if task in by else "" for task in tasks), below])
+    title = f"Final training loss of {ours} against each, % on common seeds (below 0: ours is lower)"
+    return table(title, ["", *tasks, "at or below"], lines)
 
 
 def equal_time(ours: str, rows: Rows) -> list[str]:
-    """The training loss of the others when a whole run of one of ours is over."""
+    """The same of mini-batches' losses when a whole run of one of ours is over; the average's would be lower."""
     tasks, lines = list(rows.get(ours, {})), []
     budget = {task: mean(rows[ours][task], "seconds") for task in tasks}
     for row, of_task in rows.items():
         cells = []
         for task in tasks:
             runs = of_task.get(task, [])
-            losses = [x for run in runs if math.isfinite(x := loss_after(run, budget[task]))]
+            _, text = change(rows[ours][task], runs, partial(loss_after, seconds=budget[task]))
             part = mean(runs, "seconds") / budget[task]  # of ours' time, its whole run
-            note = f" (over at {part:.0%})" if part < 0.995 and row != ours else ""
-            cells.append(f"{statistics.fmean(losses):.4f}{note}" if losses else "-" if runs else "")
-        if any(cells):
+            cells.append(text + (f" (over at {part:.0%})" if text and part < 0.995 else ""))
+        if row not in OURS and any(cells):
             lines.append([row, *cells])
     heads = ["", *(f"{task}, {budget[task]:.0f} s" for task in tasks)]
-    return table(f"Mini-batches' loss after the time that a run of {ours} takes (the average's is lower)", heads, lines)
+    title = f"Mini-batches' loss of {ours} against each when its run is over, % on common seeds"
+    return table(title, heads, lines)
 
 
 def variants(base: str, rows: Rows) -> list[str]:
@@ -108,17 +145,15 @@ def variants(base: str, rows: Rows) -> list[str]:
     others = {row: of_task for row, of_task in rows.items() if row.startswith(f"{base}:")}
     tasks = [task for task in default if any(task in of_task for of_task in others.values())]
     for row, of_task in others.items():
-        by: dict[str, float] = {}
-        for task in tasks:
-            seeds = {run["seed"] for run in of_task.get(task, [])}
-            both = [run for run in default[task] if run["seed"] in seeds]
-            if both:
-                ratio = mean(of_task[task], "train") / mean(both, "train")
-                by[task] = ratio - 1 if math.isfinite(ratio) else math.inf
-        cells = ["" if t not in by else f"{by[t]:+.0%}" if by[t] < math.inf else "collapsed" for t in tasks]
+        by = {task: change(of_task[task], default[task]) for task in tasks if task in of_task}
         if by:
-            lines.append([f"`{row.partition(':')[2]}`", *cells, f"{statistics.median(by.values()):+.0%}"])
-    return table(f"Options of {base}: final training loss against the default's", ["", *tasks, "median"], lines)
+            median = f"{statistics.median(share for share, _ in by.values()):+.1%}"[:-1]
+            lines.append([f"`{row.partition(':')[2]}`", *(by[t][1] if t in by else "" for t in tasks), median])
+    return table(
+        f"Options of {base}: final training loss against the default's, % on common seeds",
+        ["", *tasks, "median"],
+        lines,
+    )
 
 
 def tables(found: Found) -> str:
