@@ -43,7 +43,8 @@ class AdamWLW(LayerwiseOptimizer):
         params: Parameters, ``(name, parameter)`` pairs (best: they make the layers), or group dictionaries.
         lr: Dimensionless multiplier of every step, for schedulers; 1 means what was measured.
         betas: Share of the average in the weights that are trained on (with momentum: decay of the gradient's average),
-            and decay of the average of the gradient's square; each in [0, 1).
+            and decay of the average of the gradient's square, shorter than torch's 0.999, so that a burst of gradients
+            does not hold a layer's direction down for a thousand steps; each in [0, 1).
         eps: Added to the denominator; greater than 0.
         weight_decay: Decoupled decay; it enters the measured curvature too.
         ramp_steps: Steps after warm-up over which measured rates grow linearly from 0 to full.
@@ -70,7 +71,7 @@ class AdamWLW(LayerwiseOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1.0,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,

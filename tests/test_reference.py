@@ -192,7 +192,7 @@ def test_step_measures_the_blocks_along_its_own_probe(method, probe):
     # The third step refreshed. Its direction again, from the moments it found and the gradient at `before`.
     for i, block in enumerate(own_blocks(loss, before)):
         g = torch.func.grad(lambda w, i=i: loss([*before[:i], w, *before[i + 1 :]]))(before[i])
-        D = 1 / (((0.999 * v[i] + 0.001 * g * g) / (1 - 0.999**3)).sqrt() + 1e-8)
+        D = 1 / (((0.99 * v[i] + 0.01 * g * g) / (1 - 0.99**3)).sqrt() + 1e-8)
         d = -g if probe == "gradient" else -(0.9 * m[i] + 0.1 * g) / (1 - 0.9**3)
         d = d * D if method is ReferenceAdamWLW else d
         expected = {"descent": -g @ d, "curvature": d @ block @ d, "q": d @ d}

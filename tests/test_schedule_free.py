@@ -37,7 +37,9 @@ def test_at_a_fixed_rate_it_is_schedule_free_as_its_authors_have_it(kind, decay)
     mine, other = small_net(), small_net()
     opt = OPTIMIZERS[kind](mine.named_parameters(), weight_decay=decay, **FIXED)
     if kind == "adamw":
-        ref = theirs.AdamWScheduleFree(other.parameters(), lr=0.05, weight_decay=decay, foreach=False)
+        ref = theirs.AdamWScheduleFree(
+            other.parameters(), lr=0.05, betas=(0.9, 0.99), weight_decay=decay, foreach=False
+        )
     else:
         ref = theirs.SGDScheduleFree(other.parameters(), lr=0.05, momentum=0.9, weight_decay=decay, foreach=False)
     ref.train()

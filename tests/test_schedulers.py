@@ -43,7 +43,7 @@ SCHEDULERS = {
 }
 TORCHS = {
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
-    "adamw": lambda params, lr: torch.optim.AdamW(params, lr=lr),
+    "adamw": lambda params, lr: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99)),
 }
 EACH = [
     pytest.mark.parametrize("name", SCHEDULERS),
