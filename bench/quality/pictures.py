@@ -15,6 +15,7 @@ from bench.quality.optimizers import OURS
 from bench.quality.results import Rows, final, standard_error
 
 OUR_COLOURS = ("black", "crimson", "dimgray", "orangered", "darkviolet", "teal")
+OTHERS = [plt.get_cmap("tab20")(i) for i in range(20) if i not in (6, 7, 14, 15)]  # no red and no grey: ours
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -36,7 +37,7 @@ def draw(task: str, rows: Rows, path: Path) -> list[Path]:
     our = -1
     for number, (row, runs) in enumerate(shown.items()):
         ours = runs[0]["base"] in OURS
-        colour = OUR_COLOURS[(our := our + 1) % len(OUR_COLOURS)] if ours else plt.get_cmap("tab20")(number % 20)
+        colour = OUR_COLOURS[(our := our + 1) % len(OUR_COLOURS)] if ours else OTHERS[number % len(OTHERS)]
         style = {"color": colour, "lw": 2.4 if ours else 1.3, "ls": "-" if ours else "--"}
         label = f"{row.partition(',')[0]}, {row.split()[-1]}, {rate}" if (rate := runs[0].get("rate")) else row
         curves = [run["curve"] for run in runs]
