@@ -446,7 +446,7 @@ def test_losses_have_four_digits():
 
 
 def test_every_run_gets_the_pace_of_the_fastest_with_the_same_work():
-    fast, slow = made_up(1.0, 2.0, lr=0.1), made_up(1.0, 8.0, lr=0.3, schedule="cosine")
+    fast, slow = made_up(1.0, 2.0, lr=0.1), made_up(1.0, 8.0, lr=0.3, schedule="cosine", betas=(0.9, 0.9))
     more, broken = made_up(1.0, 8.0, update_every=1), made_up(1.0, 8.0, lr=9.0) | {"steps_taken": 2}
     for run_ in (fast, slow, more, broken):
         run_["base"] = "adamw"

@@ -16,6 +16,9 @@ from pathlib import Path
 from bench.quality.optimizers import OURS, PARAMETER_FREE, RULES, SCHEDULES, SWEPT, SWEPT_WITH
 from bench.quality.tasks import EVERY_TASK
 
+# Options that change numbers and not the work of a step.
+COSTLESS = SWEPT_WITH | {"betas", "momentum", "eps", "cap", "ramp_steps", "self_concordance"}
+
 Runs = list[dict]  # of one task and optimizer, over the seeds
 Rows = dict[str, dict[str, Runs]]  # row -> task -> runs
 
@@ -49,7 +52,7 @@ def undisturb(optimizers: list[Runs]) -> None:
     """Give each run of a task the pace of the fastest with the same work: whatever else ran can only have slowed it."""
     alike: dict[str, Runs] = defaultdict(list)
     for run in (run for runs in optimizers for run in runs):
-        options = {key: value for key, value in run["options"].items() if key not in SWEPT_WITH}
+        options = {key: value for key, value in run["options"].items() if key not in COSTLESS}
         alike[f"{run['base']} {sorted(options.items())}"].append(run)
     for runs in alike.values():
         pace = min(run["seconds"] / run["steps_taken"] for run in runs)
