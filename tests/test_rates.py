@@ -282,6 +282,9 @@ OPTIONS = {
 def test_training_is_the_same(kind, name, how, monkeypatch):
     """Through the optimizer, with two groups, one launch for both."""
     pytest.importorskip("triton")
+    options = dict(OPTIONS[name])
+    if kind == "adamw" and how == "closure":
+        options["betas"] = (0.9, 0.999)  # a shorter memory makes of one bit in the weights 7e-4 of a rate, not 6e-5
     found = []
     served = []
     for implementation in IMPLEMENTATIONS:
@@ -290,13 +293,13 @@ def test_training_is_the_same(kind, name, how, monkeypatch):
         matrices = [(n, p) for n, p in model.named_parameters() if p.dim() > 1]
         others = [(n, p) for n, p in model.named_parameters() if p.dim() <= 1]
         groups = [{"params": matrices}, {"params": others, "damping": 0.5, "update_every": 1}]
-        opt = OPTIMIZERS[kind](groups, update_every=2, **OPTIONS[name])
+        opt = OPTIMIZERS[kind](groups, update_every=2, **options)
         data = [(x.to(DEVICE), y.to(DEVICE)) for x, y in batches(5, torch.float32)]
         train(opt, model, data, how=how)
         found.append([*model.parameters(), torch.tensor(list(opt.rates().values()))])
     assert served == ["torch"] * 8 + ["triton"] * 8  # the second group is due at each of 5 steps, the first at 3
     # Differences of float32 gradients lose three digits, and rounding with them.
-    rtol, atol = (1e-5, 1e-6) if how == "autograd" else (1e-3, 1e-5)
+    rtol, atol = (1e-5, 1e-6) if how == "autograd" else (5e-4, 1e-5)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
