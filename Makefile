@@ -32,7 +32,7 @@ demo test test-slow: export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test test-slow bench lint clean
 
 demo: $(READY)
-	$(PY) -m lwas_fast.demo $(ARGS)
+	$(PY) -m examples.demo $(ARGS)
 
 test: $(READY)
 	$(PY) -m pytest $(ARGS)

@@ -1,4 +1,4 @@
-"""Where the tasks' data comes from: lwas_fast.data, Debian's Bible, a wheel's faces, and images made here.
+"""Where the tasks' data comes from: bench/data.py, Debian's Bible, a wheel's faces, and images made here.
 
 Everything is kept in memory for the process and nothing is written. What is missing raises FileNotFoundError with
 the way to get it.
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lwas_fast import data
-from lwas_fast.data import Images
+from bench import data
+from bench.data import Images
 
 
 @cache
@@ -106,11 +106,11 @@ def faces() -> tuple[Tensor, Tensor]:
 
 @cache
 def cifar10() -> Images:
-    """CIFAR-10 as bytes; see lwas_fast.data."""
+    """CIFAR-10 as bytes; see bench/data.py."""
     return data.load_cifar10()
 
 
 @cache
 def cora() -> data.Graph:
-    """Cora; see lwas_fast.data."""
+    """Cora; see bench/data.py."""
     return data.load_cora()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bench.quality import models, sources
 from bench.quality.problem import IGNORED, Batch, Problem, Task, chunks, same, sampler
-from lwas_fast.demo import SmallCNN
+from examples.demo.model import SmallCNN
 
 
 def tokens_loss(out: Tensor, y: Tensor) -> Tensor:

@@ -148,7 +148,6 @@ def draw(runs: Sequence[Run], what: str, out: Path) -> None:
         figure.suptitle(what, fontsize=10)
         figure.savefig(out, dpi=130)
         plt.close(figure)
-    say(f"Picture: {out}")
 
 
 def _finish(axes: Axes, title: str, **legend: Any) -> None:

@@ -1,7 +1,7 @@
 """The demo as its users run it: in a process of its own, without a terminal, then its table and picture.
 
-Catches: a demo that only works where it was written, that hides an error behind a traceback, or that finds
-out after minutes of training that it cannot write its picture.
+Catches: a demo that only works where it was written, that hides an error behind a traceback, that finds out after
+minutes of training that it cannot write its picture, or that leaves half a picture in the place of a whole one.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from lwas_fast import demo
-
-ROOT = Path(__file__).parents[1]
 for needed in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(needed)
+from examples.demo import __main__ as demo  # noqa: E402
+from examples.demo import data  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
 
 
 def run_demo(*args: object, code: str = "", folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run the demo in a process of its own; `code` runs before it in that process."""
-    start = f"import sys; {code}; from lwas_fast.demo import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", start] if code else [sys.executable, "-m", "lwas_fast.demo"]
-    env = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT), "LWAS_FAST_DATA": str(ROOT / "nowhere")}
+    start = f"import sys; {code}; from examples.demo.__main__ import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", start] if code else [sys.executable, "-m", "examples.demo"]
+    env = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT)}
     return subprocess.run([*command, *map(str, args)], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -52,7 +53,9 @@ def test_quick_run_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:
     [
         (["--steps", "0"], "--steps: must be at least 1, not 0"),
         (["--data", "cifar"], "--data: invalid choice: 'cifar'"),
-        (["--out", "nowhere/picture.png"], "there is no folder .*nowhere"),
+        (["--out", "nowhere/picture.png"], r"cannot be written \(No such file or directory\)"),
+        (["--out", f"{'long' * 70}.png"], r"cannot be written \(File name too long\)"),
+        (["--out", "folder.png"], "folder.png: is a folder"),
         (["--out", "picture.txt"], r"must end in \.png, \.svg or \.pdf"),
         (["--device", "abacus"], "--device abacus: "),
         (["--path", "nowhere"], "error: .*no folder nowhere.*apt install"),
@@ -61,12 +64,44 @@ def test_quick_run_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments_end_at_once_with_one_message(
-    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    args: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "compare", lambda *args: pytest.fail("trained all the same"))
     with pytest.raises(SystemExit) as caught:
         demo.main(args)
     assert caught.value.code not in (0, None)
     assert re.search(message, f"{capsys.readouterr().err}{caught.value.code}", re.S)
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_half_way(self: object, out: Path, **options: object) -> None:
+        Path(out).write_text("half")
+        raise OSError("no space left")
+
+    picture = tmp_path / "picture.png"
+    picture.write_text("of the last run")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fails_half_way)
+    with pytest.raises(OSError, match="no space left"):
+        demo.main(["--data", "digits", "--steps", "1", "--out", str(picture)])
+    assert picture.read_text() == "of the last run" and list(tmp_path.iterdir()) == [picture]
+
+
+def test_digits_take_the_place_of_what_is_absent_and_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LWAS_FAST_DATA", str(tmp_path))
+    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "debian")
+    demo.main(["--steps", "1", "--out", str(tmp_path / "picture.pdf")])
+    said = "".join(capsys.readouterr().out.split("\n"))
+    assert f"No Fashion-MNIST in {tmp_path}/fashion-mnist or {tmp_path}/debian: training on scikit-learn's" in said
+    assert "digits, small CNN, 1 steps" in said
 
 
 @pytest.mark.parametrize("module", ["rich", "matplotlib", "sklearn"])

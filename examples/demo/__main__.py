@@ -1,4 +1,4 @@
-"""``python -m lwas_fast.demo``: a small CNN trained with AdamWLW, no learning rate given, beside AdamW.
+"""A small CNN trained with AdamWLW, no learning rate given, beside AdamW: ``python -m examples.demo`` in a clone.
 
 Both start from the same weights and see the same batches; AdamW takes its default learning rate, 1e-3, and no
 schedule. It ends with a table of what was measured and a picture of the losses and of each layer's rate. One
@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from examples.demo.data import HOW_TO_GET, NAMES, Images, load_images, places
+from examples.demo.model import SmallCNN
 from lwas_fast import AdamWLW
-from lwas_fast.data import HOW_TO_GET, NAMES, Images, load_images
 
 if TYPE_CHECKING:
-    from lwas_fast.demo_report import Bars, Run
+    from examples.demo.report import Bars, Run
 
 STEPS = {"fashion-mnist": 900, "digits": 300}
 QUICK_STEPS, WARM_UP_STEPS = 60, 3
@@ -36,39 +37,21 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-class SmallCNN(nn.Module):
-    """Two convolutions with BatchNorm and two linear layers: 106 k weights for images of 28x28 pixels."""
-
-    def __init__(self, side: int, classes: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.conv2, self.norm2 = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
-        self.hidden = nn.Linear(32 * (side // 4) ** 2, 64)
-        self.output = nn.Linear(64, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to one score for each class."""
-        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 2)
-        x = F.max_pool2d(F.relu(self.norm2(self.conv2(x))), 2)
-        scores: Tensor = self.output(F.relu(self.hidden(x.flatten(1))))
-        return scores
-
-
 def take_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
     """Train on one batch; `run` takes the loss, the time and, where they were measured anew, the rates."""
     start = time.perf_counter()
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
     if isinstance(optimizer, AdamWLW):
-        refresh = optimizer.curvature_due
+        measures = optimizer.curvature_due
         optimizer.backward(loss)  # the one line that differs: it measures the curvature when that is due
     else:
-        refresh = False
+        measures = False
         loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     value = loss.item()  # waits for the device, so the time is that of the whole step
     run.add_step(value, time.perf_counter() - start)
-    if isinstance(optimizer, AdamWLW) and refresh:  # rates() waits too, and between refreshes they are constant
+    if isinstance(optimizer, AdamWLW) and measures:  # rates() waits too, and until the next measurement they stay
         run.add_rates(optimizer.rates())
 
 
@@ -95,7 +78,7 @@ def compare(data: Images, batches: Sequence[Tensor], seed: int, bars: Bars) -> l
 
     They take turns at every step, so that whatever else the machine does slows both alike.
     """
-    from lwas_fast.demo_report import Run
+    from examples.demo.report import Run
 
     torch.manual_seed(seed)
     initial = SmallCNN(data.x_train.shape[-1], data.classes).to(data.x_train.device)
@@ -120,6 +103,11 @@ def compare(data: Images, batches: Sequence[Tensor], seed: int, bars: Bars) -> l
     return runs
 
 
+def partial(out: Path) -> Path:
+    """Return the name under which the picture is written before it takes its own."""
+    return out.with_stem(f"{out.stem}.partial")
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; what could fail only after minutes of training is refused here."""
 
@@ -129,7 +117,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return value
 
     parser = argparse.ArgumentParser(
-        prog="python -m lwas_fast.demo",
+        prog="python -m examples.demo",
         description="Train a small CNN with AdamWLW, no learning rate given, and with AdamW beside it.",
     )
     parser.add_argument("--data", choices=NAMES, default="auto", help="Fashion-MNIST if found, else digits")
@@ -144,8 +132,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.out.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--out {args.out}: the name must end in .png, .svg or .pdf")
-    if not args.out.absolute().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
+    try:
+        partial(args.out).touch()
+        partial(args.out).unlink()
+        if args.out.is_dir():
+            parser.error(f"--out {args.out}: is a folder")
+    except OSError as error:
+        parser.error(f"--out {args.out}: cannot be written ({error.strerror})")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -157,17 +150,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the demo."""
     args = parse(argv)
     try:
-        from lwas_fast.demo_report import Bars, draw, print_table, say
+        from examples.demo.report import Bars, draw, print_table, say
 
         data = load_images(args.data, args.path)
     except ModuleNotFoundError as error:
         sys.exit(f"the demo needs {error.name}: pip install rich matplotlib scikit-learn, or use `make demo`")
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if args.batch_size > len(data.y_train):
         sys.exit(f"error: --batch-size {args.batch_size}, but {data.name} has {len(data.y_train)} images")
     if data.name == "digits" and args.data == "auto":
-        say(f"No Fashion-MNIST here: training on scikit-learn's small digits instead. {HOW_TO_GET}")
+        looked = " or ".join(map(str, places()))
+        say(f"No Fashion-MNIST in {looked}: training on scikit-learn's small digits instead. {HOW_TO_GET}")
     torch.set_num_threads(args.threads)
     steps = args.steps or (QUICK_STEPS if args.quick else STEPS[data.name])
     batches = make_batches(len(data.y_train), args.batch_size, steps, args.seed)
@@ -176,7 +170,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = f"{data.name}, small CNN, {steps} steps of {args.batch_size} images, seed {args.seed}"
     where = args.device if args.device != "cpu" else f"the CPU ({args.threads} threads)"
     print_table(runs, what, where)
-    draw(runs, what, args.out)
+    unfinished = partial(args.out)
+    try:
+        draw(runs, what, unfinished)
+        unfinished.replace(args.out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    say(f"Picture: {args.out}")
 
 
 if __name__ == "__main__":
