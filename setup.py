@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import setup
+from setuptools import __version__ as setuptools_version
+from setuptools import find_packages, setup
 
 SOURCES = ["csrc/bindings.cpp", "csrc/update_cpu.cpp"]
 CUDA_SOURCES = ["csrc/update_cuda.cu"]
@@ -115,10 +116,16 @@ def extension() -> dict:
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
+# Without build isolation nobody reads what pyproject.toml asks for, and an older setuptools fails obscurely.
+if int(setuptools_version.split(".")[0]) < 77:
+    raise SystemExit(
+        f"building lwas_fast takes setuptools 77 or newer, and this is {setuptools_version}: pip install 'setuptools>=77'"
+    )
+
 setup(
-    # By hand, not by discovery, which does not follow links: lwas_fast/triton_kernels is a link to the folder
-    # at the top. Naming both packages makes wheels and editable installs alike find it.
-    packages=["lwas_fast", "lwas_fast.triton_kernels"],
+    # The kernels stand at the top of the repository, beside csrc/, and are installed inside the package.
+    packages=[*find_packages(include=["lwas_fast", "lwas_fast.*"]), "lwas_fast.triton_kernels"],
+    package_dir={"lwas_fast.triton_kernels": "triton_kernels"},
     package_data={"lwas_fast": ["py.typed"]},
     **extension(),
 )

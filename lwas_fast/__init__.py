@@ -13,6 +13,20 @@ direction and turn it into that layer's step size in closed form.
     ['param']
 """
 
+import importlib.machinery
+import importlib.util
+import os
+import sys
+
+# In a clone the kernels stand beside this package, not in it. The finder of an editable install knows where, but in a
+# second clone it finds those of the first, and where nothing is installed there is no finder. So the clone that runs
+# takes its own. Not by a longer __path__: every folder of the clone would become a module of this package.
+if importlib.machinery.PathFinder.find_spec("lwas_fast.triton_kernels", __path__) is None:
+    _spec = importlib.machinery.PathFinder.find_spec("lwas_fast.triton_kernels", [os.path.dirname(__path__[0])])
+    if _spec is not None and _spec.loader is not None:
+        sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[_spec.name])
+
 from lwas_fast.adamw import AdamWLW
 from lwas_fast.averaging import averaged
 from lwas_fast.errors import CurvatureError
