@@ -1,4 +1,4 @@
-"""What a benchmark's JSON says of the machine: the device and versions, and not the machine's name."""
+"""What a benchmark's JSON says: of the machine the device and versions, and not its name; no round by itself."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.pop("node", None)
     machine_info["lwas_fast"] = dict(describe())
     machine_info["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def pytest_benchmark_update_json(output_json: dict) -> None:
+    """Drop each round's time: the medians stay, and the committed files small."""
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
 
 
 @pytest.fixture
