@@ -64,7 +64,7 @@ stage_quality() { # data in the folder LWAS_FAST_DATA
   fi
   $PYTHON -m bench.quality.run --full --steps 1500 --tasks vgg11,resnet --seeds 0 --out "$OUT/quality" \
     --optimizers adamwlw,sgdlw,adamw:lr=1e-3,sgd:lr=1e-1
-  $PYTHON -m bench.quality.report "$OUT/quality"
+  $PYTHON -m bench.quality.report "$OUT/quality" --out "$OUT/quality"
 }
 
 stage_sanitizer() {

@@ -2,15 +2,17 @@
 
 Catches: a task that no longer fits the package (no second derivative, say); mini-batches or dropout that depend on more
 than seed and step; an evaluation that changes the model; an optimizer driven wrongly; a run done twice, or taken for
-one of another length; half a file after a crash; a divergence that stops the suite or passes for a result.
+one of another length; half a line after a crash, or two processes' lines in one; a divergence that stops the suite or
+passes for a result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import multiprocessing
 import sys
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no package that one installs
-from bench.quality import pictures, report, run, tasks  # noqa: E402
+from bench.quality import report, run, store, tasks  # noqa: E402
 from bench.quality.kfac import KFAC  # noqa: E402
 from bench.quality.optimizers import BATCHES_FOR_NORM, RULES, Name, Trainer, sweep  # noqa: E402
 
@@ -31,7 +33,7 @@ def go(out: Path, *arguments: str) -> None:
     run.main(["--tasks", "tiny", "--device", "cpu", "--out", str(out), *arguments])
 
 
-def trained(name: str, steps: int, seed: int = 0) -> dict:
+def trained(name: str, steps: int, seed: int = 0) -> store.Run:
     return run.train((TINY, Name.parse(name), seed), steps, False, "cpu")
 
 
@@ -172,8 +174,8 @@ def test_layers_and_products_of_ours_can_be_chosen():
         counts[layers] = len(Trainer(Name.parse(f"adamwlw{layers}"), TINY.build(0), 1, 0.0).optimizer.rates())
     assert list(counts.values()) == [2, 4, 1]
     differences = trained("adamwlw:hvp=finite_difference", TINY.steps)  # crosses kinks of the ReLUs: other numbers
-    assert differences["rates"] != trained("adamwlw", TINY.steps)["rates"]
-    assert differences["evaluations"][-1]["train"] < differences["evaluations"][0]["train"]
+    assert differences.curve.rates != trained("adamwlw", TINY.steps).curve.rates
+    assert differences.train < differences.start
 
 
 def test_what_is_hidden_is_the_only_target():
@@ -216,33 +218,37 @@ def test_a_missing_package_is_told_before_anything_is_trained(monkeypatch, capsy
 
 
 def test_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "tiny.csv"
     go(tmp_path, "--optimizers", "adamwlw,adamw:lr=1e-2,schedule=cosine", "--seeds", "0-1")
-    files = sorted(tmp_path.glob("tiny/*"))
-    assert [f.name for f in files] == [
-        "adamw_lr=0.01_schedule=cosine-seed0.json", "adamw_lr=0.01_schedule=cosine-seed1.json",
-        "adamwlw-seed0.json", "adamwlw-seed1.json",
+    first = store.read_all(tmp_path)
+    assert [run_.key[1:] for run_ in first] == [
+        ("adamwlw", 0), ("adamw:lr=0.01,schedule=cosine", 0), ("adamwlw", 1), ("adamw:lr=0.01,schedule=cosine", 1),
     ]  # fmt: skip
-    content = json.loads(files[2].read_text())
-    assert (content["optimizer"], content["seed"], content["steps_taken"]) == ("adamwlw", 0, TINY.steps)
-    assert content["environment"]["torch"] == torch.__version__ and content["environment"]["threads"] == "1"
-    assert "node" not in content["environment"]
-    assert not content["collapsed"] and content["peak_rss_bytes"] > 10 * 2**20
-    curve, checks = content["curve"], content["evaluations"]
-    assert len(curve["loss"]) == 50 and curve["step"][-1] == TINY.steps
-    assert all(a < b for a, b in zip(curve["seconds"][:-1], curve["seconds"][1:], strict=True))
-    assert [c["step"] for c in checks] == [0, 10, 20, 30, 40, 50, 60]
-    assert checks[-1]["train"] < checks[0]["train"] and checks[-1]["seconds"] == content["seconds"]
+    one = first[0]
+    assert one.taken == one.steps == TINY.steps and one.weight_decay == TINY.weight_decay
+    assert not one.collapsed and one.peak_mib > 10 and one.train < one.start and one.commit == run.commit()
+    assert {run_.environment for run_ in first} == {1}
+    made_in = store.environments(tmp_path)["1"]
+    assert made_in["torch"] == torch.__version__ and made_in["threads"] == "1" and "node" not in made_in
+    curve = one.curve
+    assert len(curve.loss) == 50 and store.points(TINY.steps)[-1] == TINY.steps
+    assert all(a < b for a, b in zip(curve.seconds[:-1], curve.seconds[1:], strict=True))
+    assert {len(values) for values in curve.checks.values()} == {7} and set(curve.rates) == {"1", "3"}
+    assert {len(rates) for rates in curve.rates.values()} == {50} and not first[1].curve.rates
     again = trained("adamwlw", TINY.steps)
-    assert again["curve"]["loss"] == curve["loss"] and again["evaluations"][-1]["test"] == checks[-1]["test"]
-    assert again["curve"]["loss"] != trained("adamwlw", TINY.steps, seed=1)["curve"]["loss"]
-    # Only what is missing is run.
-    files[3].unlink()
+    assert again.curve.loss == pytest.approx(curve.loss, rel=1e-5) and again.test == pytest.approx(one.test, rel=1e-6)
+    assert again.curve.loss != pytest.approx(trained("adamwlw", TINY.steps, seed=1).curve.loss, rel=1e-3)
+    # Only what is missing is run, and lines of an option that no package has any more are left as they are.
+    lines = table.read_text().splitlines(keepends=True)
+    old = lines[-1].replace("schedule=cosine", "probe=update")
+    table.write_text("".join([*lines[:-1], old]))
     ran = []
     train = run.train
     monkeypatch.setattr(run, "train", lambda r, *rest: (ran.append((str(r[1]), r[2])), train(r, *rest))[1])
     go(tmp_path, "--optimizers", "adamwlw,adamw:lr=0.01,schedule=cosine", "--seeds", "0-1")
-    assert ran == [("adamwlw", 1)] and files[3].is_file()
-    with pytest.raises(SystemExit, match="adamwlw-seed0.json is a run of 60 steps"):
+    assert ran == [("adamw:lr=0.01,schedule=cosine", 1)] and table.read_text().startswith("".join([*lines[:-1], old]))
+    assert "adamw:lr=0.01,probe=update" in report.load(tmp_path)["tiny"]
+    with pytest.raises(SystemExit, match="tiny.csv has adamwlw, seed 0, with 60 steps"):
         go(tmp_path, "--optimizers", "adamwlw", "--steps", "7")
     with pytest.raises(SystemExit):
         run.parse(["--seeds", "4-0"])
@@ -254,39 +260,16 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
         SystemExit, match="1 of 2 runs failed; the first was tiny, adamwlw:nonsense=1, seed 0: .*nonsen"
     ):
         go(tmp_path, "--optimizers", "adamwlw:nonsense=1,sgd")
-    assert [f.name for f in tmp_path.glob("tiny/*")] == ["sgd-seed0.json"]
+    assert [str(run_.name) for run_ in store.read_all(tmp_path)] == ["sgd"]
     assert "FAILED tiny, adamwlw:nonsense=1" in capsys.readouterr().out
 
 
 def test_curve_is_the_mean_of_the_steps_since_the_last_point(monkeypatch):
-    monkeypatch.setattr(run, "POINTS", 2)
-    coarse = trained("sgd", 10)["curve"]
-    monkeypatch.setattr(run, "POINTS", 10)
-    fine = trained("sgd", 10)["curve"]["loss"]
-    assert coarse["step"] == [5, 10]
-    assert coarse["loss"] == pytest.approx([sum(fine[:5]) / 5, sum(fine[5:]) / 5])
-
-
-def test_rates_of_ours_are_kept_and_drawn(tmp_path):
-    found = trained("adamwlw", 20)
-    assert found["rates"] and {len(rates) for rates in found["rates"].values()} == {len(found["curve"]["step"])}
-    assert "rates" not in trained("adamw", 3)
-    (picture,) = pictures.draw_rates("tiny", {"adamwlw:update_every=1": {"tiny": [found]}, "adamw": {}}, tmp_path)
-    assert picture.name == "tiny-adamwlw_update_every=1-rates.png" and picture.stat().st_size > 10_000
-
-
-def test_what_measuring_costs_is_drawn(tmp_path, capsys):
-    names = ["adamwlw", "adamwlw:update_every=1", "adamwlw:update_every=5", "adamwlw:update_every=5,cap=0.1", "adamw"]
-    for name in names:
-        go(tmp_path, "--optimizers", name, "--steps", "4")
-    capsys.readouterr()
-    report.main([str(tmp_path), "--draw", "adamw", "--rates"])
-    drawn = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("drawn:")]
-    assert drawn == [str(tmp_path / "tiny.png"), str(tmp_path / "tiny-adamwlw-costs.png")]
-    assert (tmp_path / "tiny-adamwlw-costs.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit):
-        report.main([str(tmp_path), "--draw", "prodigy", "--rates", "dog", "--out", str(tmp_path / "nowhere")])
-    assert "no row is named dog, prodigy" in capsys.readouterr().err and not (tmp_path / "nowhere").exists()
+    monkeypatch.setattr(store, "POINTS", 2)
+    coarse = trained("sgd", 10).curve.loss
+    monkeypatch.setattr(store, "POINTS", 10)
+    fine = trained("sgd", 10).curve.loss
+    assert coarse == pytest.approx([sum(fine[:5]) / 5, sum(fine[5:]) / 5])
 
 
 def trained_for_a_while(name: str):
@@ -325,30 +308,42 @@ def test_batchnorm_is_judged_with_statistics_of_its_weights_whatever_the_optimiz
     assert all(torch.equal(value, before[key]) for key, value in problem.model.state_dict().items())
 
 
-def test_a_run_cut_short_leaves_no_result(tmp_path):
-    path = tmp_path / "tiny" / "x-seed0.json"
-    with pytest.raises(TypeError):
-        run.write(path, {"a": object()})
-    assert not path.exists()
-    run.write(path, {"a": [math.nan, 1.0], "b": {"c": math.inf}})
-    assert json.loads(path.read_text()) == {"a": [None, 1.0], "b": {"c": None}}
-    assert [p.name for p in path.parent.glob("*.json")] == [path.name]
+def add_forty(folder: Path, first: store.Run, mine: str, start: Barrier) -> None:
+    start.wait()
+    for seed in range(1, 41):
+        run_ = dataclasses.replace(first, seed=seed, commit=mine, curve=store.Curve([1.0], [float(seed)], {}, {}))
+        store.add(folder, run_, {"device": str(seed % 4)})
+
+
+def test_two_processes_in_one_folder_write_every_run_once(tmp_path):
+    store.add(tmp_path, first := trained("sgd", 2), {"device": "0"})
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(2)
+    workers = [fork.Process(target=add_forty, args=(tmp_path, first, name, start)) for name in "ab"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    found = store.read_all(tmp_path)
+    assert sorted(run_.seed for run_ in found) == list(range(41))
+    made_in = store.environments(tmp_path)
+    assert sorted(e["device"] for e in made_in.values()) == ["0", "1", "2", "3"]
+    for run_ in found[1:]:
+        assert made_in[str(run_.environment)]["device"] == str(run_.seed % 4) and run_.curve.loss == [run_.seed]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.jsonl", "environments.json", "tiny.csv"]
 
 
 def test_divergence_is_recorded(tmp_path, capsys):
     go(tmp_path, "--optimizers", "adamw:lr=1e30,adamw:lr=30,adamw:lr=1e-2")
     assert capsys.readouterr().out.count("COLLAPSED") == 2
-    found = {f.name: json.loads(f.read_text()) for f in tmp_path.glob("tiny/*.json")}
-    broken, risen = found["adamw_lr=1e+30-seed0.json"], found["adamw_lr=30-seed0.json"]
-    assert broken["collapsed"] and broken["steps_taken"] < broken["steps"]
-    assert broken["evaluations"][-1]["train"] is None
-    assert risen["collapsed"] and risen["steps_taken"] == risen["steps"]
-    assert risen["evaluations"][-1]["train"] > risen["evaluations"][0]["train"]
-    assert not found["adamw_lr=0.01-seed0.json"]["collapsed"]
-    report.main([str(tmp_path)])
+    broken, risen, well = store.read_all(tmp_path)
+    assert broken.collapsed and broken.taken < broken.steps and math.isnan(broken.train)
+    assert risen.collapsed and risen.taken == risen.steps and risen.train > risen.start and not well.collapsed
+    report.main([str(tmp_path), "--out", str(tmp_path / "pictures")])
     table = capsys.readouterr().out
-    assert "(lr 0.01, best of 3)" in table and "1 of 3" not in table  # the collapsed rates are not the best
-    assert (tmp_path / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+    assert "(0.01)" in table and "1 of 3" not in table  # the collapsed rates are not the best
+    assert (tmp_path / "pictures" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_average_is_judged_and_the_weights_are_trained_on():

@@ -1,8 +1,10 @@
-"""Train every task with every optimizer and seed, one JSON a run; what is there already is skipped.
+"""Train every task with every optimizer and seed, one line a run; what is there already is skipped.
 
 python -m bench.quality.run --tasks cnn,mlp --optimizers adamwlw,adamw:lr=1e-3 --seeds 0-2
 python -m bench.quality.run --optimizers adamw,sgd --sweep --seeds 0-2
 python -m bench.quality.report
+
+Lines, environments and curves: bench/quality/store.py.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import math
 import os
 import resource
+import subprocess
 import sys
 import time
 import warnings
@@ -25,14 +27,14 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench.quality import store
 from bench.quality.optimizers import OURS, RULES, SWEPT, Name, Trainer, parts, sweep
 from bench.quality.problem import Problem, Task
+from bench.quality.store import CHECKS, OUT, Curve, Run, points
 from bench.quality.tasks import EVERY_TASK, TASKS
 from lwas_fast.backends import describe
 
-OUT = Path(__file__).parents[1] / "results" / "quality"
-POINTS, CHECKS = 50, 6  # of a run's curve; evaluations after the one at the start, the last at the end
-Run = tuple[Task, Name, int]
+Asked = tuple[Task, Name, int]  # a seed's run
 
 
 def start_memory(device: str) -> None:
@@ -45,13 +47,32 @@ def start_memory(device: str) -> None:
         pass  # then the peak is the process's, which the first run alone has to itself
 
 
-def peak_memory(device: str) -> dict[str, int]:
-    """Bytes: the process's peak with torch and the data in it, and on CUDA what tensors took."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+def peak_memory(device: str) -> int:
+    """MiB: the process's peak with torch and the data in it; on CUDA what tensors took."""
     if device.startswith("cuda"):
-        found["peak_device_bytes"] = torch.cuda.max_memory_allocated()
-    return found
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
+def environment() -> dict[str, str]:
+    """What is installed, on what device, with how many cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {**dict(describe()), "cores": str(cores)}
+
+
+def commit() -> str:
+    """The commit that is checked out, with a + where files differ from it, results aside; empty outside of git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=OUT.parents[2], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def warm_up(name: Name, problem: Problem) -> None:
@@ -61,20 +82,20 @@ def warm_up(name: Name, problem: Problem) -> None:
         trainer.step().item()
 
 
-def train(run: Run, steps: int, full: bool, device: str, progress: Any = None) -> dict[str, Any]:
+def train(asked: Asked, steps: int, full: bool, device: str, progress: Any = None) -> Run:
     """Train once.
 
     Args:
-        run: Task, optimizer, seed.
+        asked: Task, optimizer, seed.
         steps: How many.
         full: Whether in the GPU size.
         device: Where.
         progress: Called with the number of steps taken.
 
     Returns:
-        What goes into the JSON. A run ends at the first loss that is not finite.
+        The run, without commit and environment. It ends at the first loss that is not finite.
     """
-    task, name, seed = run
+    task, name, seed = asked
     problem = task.build(seed, full, device)
     model = problem.model
     warm_up(name, problem)
@@ -82,15 +103,14 @@ def train(run: Run, steps: int, full: bool, device: str, progress: Any = None) -
     start_memory(device)
     seconds, taken, finite = 0.0, 0, True
     losses: list[float] = []
-    curve: dict[str, list[float]] = {"step": [], "seconds": [], "loss": []}
-    rates: dict[str, list[float]] = {}
-    evaluations: list[dict[str, float]] = []
-    points = {round(steps * (i + 1) / POINTS) for i in range(POINTS)}
+    curve = Curve([], [], {}, {})
+    drawn = set(points(steps))
     checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
 
     def evaluate() -> None:
         with trainer.evaluating():
-            evaluations.append({"step": taken, "seconds": seconds, **problem.evaluate(model)})
+            for metric, value in problem.evaluate(model).items():
+                curve.checks.setdefault(metric, []).append(value)
 
     evaluate()
     for step in range(steps):
@@ -104,78 +124,56 @@ def train(run: Run, steps: int, full: bool, device: str, progress: Any = None) -
         losses.append(value)
         if not finite:
             break
-        if taken in points:
-            for key, number in (("step", taken), ("seconds", seconds), ("loss", sum(losses) / len(losses))):
-                curve[key].append(number)
+        if taken in drawn:
+            curve.seconds.append(seconds)
+            curve.loss.append(sum(losses) / len(losses))
             losses.clear()
             for layer, rate in trainer.rates().items():
-                rates.setdefault(layer, []).append(rate)
+                curve.rates.setdefault(layer, []).append(rate)
         if taken in checks:
             evaluate()
         if progress is not None:
             progress(taken)
     if not finite:
         evaluate()
-    first, last = evaluations[0]["train"], evaluations[-1]["train"]
-    return {
-        "task": task.name,
-        "about": task.about,
-        "optimizer": str(name),
-        "base": name.base,
-        "options": dict(name.options),
-        "weight_decay": dict(name.options).get("weight_decay", task.weight_decay),
-        "seed": seed,
-        "steps": steps,
-        "full": full,
-        "steps_taken": taken,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "environment": dict(describe()),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "seconds": seconds,
-        "curve": curve,
-        **({"rates": rates} if rates else {}),
-        "evaluations": evaluations,
-        **peak_memory(device),
-        "collapsed": not (finite and math.isfinite(last) and last <= first),
-    }
+    start, last = curve.checks["train"][0], curve.checks["train"][-1]
+    return Run(
+        task=task.name,
+        name=name,
+        seed=seed,
+        steps=steps,
+        taken=taken,
+        full=full,
+        parameters=sum(p.numel() for p in model.parameters()),
+        weight_decay=dict(name.options).get("weight_decay", task.weight_decay),
+        start=start,
+        train=last,
+        test=curve.checks["test"][-1],
+        accuracy=curve.checks["accuracy"][-1] if "accuracy" in curve.checks else None,
+        collapsed=not (finite and math.isfinite(last) and last <= start),
+        seconds=seconds,
+        peak_mib=peak_memory(device),
+        commit="",
+        environment=0,
+        curve=curve,
+    )
 
 
-def finite_only(value: Any) -> Any:
-    """The same with null for NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite_only(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite_only(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all: a run cut short leaves no file that would be taken for a result."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(finite_only(content), indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
-
-
-def path_of(out: Path, run: Run) -> Path:
-    """Where a run's JSON lies."""
-    task, name, seed = run
-    return out / task.name / f"{name.file}-seed{seed}.json"
-
-
-def is_done(out: Path, run: Run, steps: int, full: bool) -> bool:
-    """Whether a run's JSON is there.
+def missing(out: Path, asked: list[Asked], lengths: dict[str, int], full: bool) -> list[Asked]:
+    """What is not there yet.
 
     Raises:
-        ValueError: It is there, but of another length or size.
+        ValueError: A run is there, but of another length or size.
     """
-    path = path_of(out, run)
-    if not path.is_file():
-        return False
-    held = json.loads(path.read_text())
-    if (held["steps"], held["full"]) != (steps, full):
-        raise ValueError(f"{path} is a run of {held['steps']} steps (full: {held['full']}): choose another --out")
-    return True
+    held = {run.key: run for task in lengths for run in store.read(out / f"{task}.csv")}
+    for task, name, seed in asked:
+        run = held.get((task.name, str(name), seed))
+        if run is not None and (run.steps, run.full) != (lengths[task.name], full):
+            raise ValueError(
+                f"{out / task.name}.csv has {name}, seed {seed}, with {run.steps} steps (full: {run.full}): "
+                "choose another --out"
+            )
+    return [(task, name, seed) for task, name, seed in asked if (task.name, str(name), seed) not in held]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -231,34 +229,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")  # Trainer breaks the cycle
-    runs = [(task, name, seed) for seed in args.seeds for task in args.tasks for name in args.optimizers]
+    every = [(task, name, seed) for seed in args.seeds for task in args.tasks for name in args.optimizers]
     lengths = {task.name: args.steps or (task.full_steps if args.full else task.steps) for task in args.tasks}
     try:
-        runs = [run for run in runs if not is_done(args.out, run, lengths[run[0].name], args.full)]
+        runs = missing(args.out, every, lengths, args.full)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    made_by, made_in = commit(), environment()
     failures = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
-        for run in progress.track(runs, description="runs"):
-            if path_of(args.out, run).is_file():  # by now: somebody else is at work here as well
-                continue
-            task, name, seed = run
+        for asked in progress.track(runs, description="runs"):
+            task, name, seed = asked
+            if (task.name, str(name), seed) in {run.key for run in store.read(args.out / f"{task.name}.csv")}:
+                continue  # by now: somebody else is at work here as well
             label, steps = f"{task.name}, {name}, seed {seed}", lengths[task.name]
             bar = progress.add_task(label, total=steps)
             try:
-                found = train(run, steps, args.full, args.device, lambda k, bar=bar: progress.update(bar, completed=k))
+                run = train(asked, steps, args.full, args.device, lambda k, bar=bar: progress.update(bar, completed=k))
             except (FileNotFoundError, ModuleNotFoundError, ValueError, TypeError) as error:  # others may be well
                 failures.append(f"{label}: {error}")
                 progress.console.print(f"FAILED {failures[-1]}")
                 continue
             finally:
                 progress.remove_task(bar)
-            write(path_of(args.out, run), found)
-            end = found["evaluations"][-1]
-            told = ", ".join(f"{key} {end[key]:.4g}" for key in ("train", "test", "accuracy") if key in end)
-            note = " COLLAPSED" if found["collapsed"] else ""
-            progress.console.print(f"{label}: {told}, {found['seconds']:.1f} s{note}")
+            run.commit = made_by
+            store.add(args.out, run, made_in)
+            told = f"train {run.train:.4g}, test {run.test:.4g}"
+            told += "" if run.accuracy is None else f", accuracy {run.accuracy:.4g}"
+            note = " COLLAPSED" if run.collapsed else ""
+            progress.console.print(f"{label}: {told}, {run.seconds:.1f} s{note}")
     if failures:
         sys.exit(f"error: {len(failures)} of {len(runs)} runs failed; the first was {failures[0]}")
 

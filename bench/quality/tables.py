@@ -1,33 +1,67 @@
-"""The training-quality suite's results in Markdown: finals, ours against each, equal wall-clock, variants of ours."""
+"""Tables in Markdown: finals, ours against each, equal wall-clock, variants of ours."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
-from bench.quality.optimizers import OURS
+from bench.quality.optimizers import OURS, PARAMETER_FREE, SWEPT, parts
 from bench.quality.results import (
+    Found,
     Rows,
     Runs,
     final,
-    final_loss,
-    is_variant,
     loss_after,
     mean,
     paired,
     rows_of,
     standard_error,
+    without_variants,
 )
+from bench.quality.store import Run
+from bench.quality.tasks import EVERY_TASK
 
+NAMES = {
+    "adamw": "AdamW", "sgd": "SGD-m", "sf_adamw": "Schedule-Free AdamW", "sf_sgd": "Schedule-Free SGD",
+    "shampoo": "Shampoo", "kfac": "KFAC", "adahessian": "AdaHessian", "sophia_h": "Sophia-H", "prodigy": "Prodigy",
+    "dadapt_adam": "D-Adaptation Adam", "dog": "DoG", "adamwlw": "AdamWLW", "sgdlw": "SGDLW",
+}  # fmt: skip
 METRICS = {
     "train": "Final training loss, on a fixed subset in eval mode (lower is better)",
     "test": "Final test loss (lower is better)",
     "accuracy": "Final test accuracy, % (higher is better)",
     "seconds": "Seconds of training, at the fastest run's pace",
 }
-Found = dict[str, dict[str, Runs]]
+Lines = list[str]
+
+
+def label(row: str) -> str:
+    """A row's name as one reads it; ours are bold."""
+    name, _, schedule = row.partition(", best ")
+    base, _, options = name.partition(":")
+    if base in OURS:
+        return f"**{NAMES[base]}**" + (f", {options}" if options else "")
+    if schedule == "cosine":
+        return f"{NAMES[base]}, best rate + cosine"
+    if schedule:
+        return f"{NAMES[base]}, best {'rate' if base in PARAMETER_FREE else 'constant rate'}"
+    return f"{NAMES[base]}, {options or 'default'}" if options or base in SWEPT else NAMES[base]
+
+
+def rate_of(run: Run) -> str:
+    """The rate that a sweep has found, KFAC's with the damping; empty where the default served."""
+    options = dict(run.name.options)
+    if run.name.base not in SWEPT or "lr" not in options:
+        return ""
+    return f"{options['lr']:g}" + (f", damping {options['damping']:g}" if "damping" in options else "")
+
+
+def markdown(heads: list[str], lines: Iterable[list[str]]) -> Lines:
+    """A table; nothing where it has no lines."""
+    lines = list(lines)
+    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines)] if lines else []
 
 
 def decimals(value: float) -> int:
@@ -35,7 +69,17 @@ def decimals(value: float) -> int:
     return 4 if not value else max(0, 3 - math.floor(math.log10(abs(value))))
 
 
-def change(ours: Runs, theirs: Runs, loss: Callable[[dict], float] = final_loss) -> tuple[float, str]:
+def percent(share: float) -> str:
+    """With one digit, and without the sign, which the heading has."""
+    return f"{share:+.1%}"[:-1]
+
+
+def final_loss(run: Run) -> float:
+    """On the training set."""
+    return run.train
+
+
+def change(ours: Runs, theirs: Runs, loss: Callable[[Run], float] = final_loss) -> tuple[float, str]:
     """By how much the loss of `ours` is above (+) or below (-) that of `theirs`, on the seeds of both.
 
     Returns:
@@ -49,122 +93,122 @@ def change(ours: Runs, theirs: Runs, loss: Callable[[dict], float] = final_loss)
     base = statistics.fmean(b for _, b in finite)
     differences = [(a - b) / base for a, b in finite]
     share, error = statistics.fmean(differences), standard_error(differences)
-    text = f"{share:+.1%}"[:-1] + (f" ± {error:.1%}"[:-1] if len(finite) > 1 else "")
+    text = percent(share) + (f" ± {error:.1%}"[:-1] if len(finite) > 1 else "")
     return share, text + (f" ({len(finite)}/{len(pairs)})" if len(finite) < len(pairs) else "")
 
 
 def cell(runs: Runs, metric: str) -> str:
     """Mean, standard error over seeds, the swept rate, and how many runs collapsed.
 
-    A run that ended in NaN has no final loss and is not in the mean; the cell says that it collapsed.
+    A run that ended in NaN has no final loss and is not in the mean; the cell says that it collapsed. Seconds have no
+    error: runs of one row have one pace.
     """
     values = [value for run in runs if math.isfinite(value := final(run, metric))]
-    collapsed = sum(run["collapsed"] for run in runs)
-    if not values:
-        return f"({collapsed}/{len(runs)} collapsed)" if collapsed else ""
-    error = standard_error(values)
-    places = 1 if metric in ("accuracy", "seconds") else decimals(statistics.fmean(values))
-    text = f"{statistics.fmean(values):.{places}f}" + (f" ± {error:.{places}f}" if error else "")
-    text += f" ({rate})" if (rate := runs[0].get("rate")) else ""
-    return text + (f" ({collapsed}/{len(runs)} collapsed)" if collapsed else "")
+    if metric == "seconds":
+        return f"{statistics.fmean(values):.1f}"
+    texts = []
+    if values:
+        error = standard_error(values)
+        places = 1 if metric == "accuracy" else decimals(statistics.fmean(values))
+        texts.append(f"{statistics.fmean(values):.{places}f}" + (f" ± {error:.{places}f}" if error else ""))
+        texts += [f"({rate})"] if (rate := rate_of(runs[0])) else []
+    if collapsed := sum(run.collapsed for run in runs):
+        texts.append(f"({collapsed}/{len(runs)} collapsed)")
+    return " ".join(texts)
 
 
-def table(title: str, heads: list[str], lines: list[list[str]]) -> list[str]:
-    """A Markdown table under its title; nothing where it has no lines."""
-    if not lines:
-        return []
-    return ["", f"## {title}", "", *(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))]
+def sizes(found: Found, tasks: Iterable[str]) -> Lines:
+    """A list of what the tasks are."""
+    runs = {task: next(iter(found[task].values()))[0] for task in tasks if task in found}
+    return [f"- {t}: {EVERY_TASK[t].about}; {run.steps} steps, {run.parameters} weights" for t, run in runs.items()]
 
 
-def introduction(found: Found, rows: Rows) -> list[str]:
-    """Where and how often was measured, and what the tasks are."""
-    every = [run for optimizers in found.values() for runs in optimizers.values() for run in runs]
-    environments = {tuple((run["environment"][k]) for k in ("device", "torch", "threads")) for run in every}
-    where = "; ".join(
-        f"{device}, torch {torch}, CPU threads: {threads}" for device, torch, threads in sorted(environments)
-    )
-    seeds = sorted({len(runs) for of_task in rows.values() for runs in of_task.values()})
-    span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    lines = [f"Mean ± standard error over seeds ({span} a cell; {where})."]
-    lines.append(
-        "The best rate of a sweep is the one of lowest mean final training loss on these same runs. A run has "
-        "collapsed where it ended in NaN or above the loss it started from."
-    )
-    sizes = [next(iter(optimizers.values()))[0] for optimizers in found.values()]
-    return [*lines, "", *(f"- {r['task']}: {r['about']}; {r['steps']} steps, {r['parameters']} weights" for r in sizes)]
-
-
-def finals(metric: str, found: Found, rows: Rows) -> list[str]:
-    """A metric at the end: optimizers down, tasks across."""
-    runs = {task: [run for of in optimizers.values() for run in of] for task, optimizers in found.items()}
-    tasks = [t for t in found if metric == "seconds" or any(metric in run["evaluations"][-1] for run in runs[t])]
+def finals(metric: str, rows: Rows, tasks: Iterable[str]) -> Lines:
+    """A metric at the end: optimizers down, tasks across; beside the training loss, how many runs collapsed."""
+    every = {task: [run for of_task in rows.values() for run in of_task.get(task, [])] for task in tasks}
+    columns = [task for task, runs in every.items() if any(getattr(run, metric) is not None for run in runs)]
     lines = []
     for row, of_task in rows.items():
-        shown = [run for task in tasks for run in of_task.get(task, [])]
+        shown = [run for task in columns for run in of_task.get(task, [])]
         if shown:
-            cells = [cell(of_task[task], metric) if task in of_task else "" for task in tasks]
-            lines.append([row, *cells, f"{sum(run['collapsed'] for run in shown)} of {len(shown)}"])
-    return table(METRICS[metric], ["optimizer", *tasks, "collapsed"], lines if tasks else [])
+            cells = [cell(of_task[task], metric) if task in of_task else "" for task in columns]
+            count = [f"{sum(run.collapsed for run in shown)} of {len(shown)}"] if metric == "train" else []
+            lines.append([label(row), *cells, *count])
+    return markdown(["optimizer", *columns, *(["collapsed"] if metric == "train" else [])], lines)
 
 
-def against(ours: str, rows: Rows) -> list[str]:
+def against(ours: str, rows: Rows, tasks: Iterable[str]) -> Lines:
     """By how much the final training loss of one of ours is above (+) or below (-) each other row's."""
-    tasks, lines = list(rows.get(ours, {})), []
+    columns, lines = [task for task in tasks if task in rows.get(ours, {})], []
     for row, of_task in rows.items():
-        by = {task: change(rows[ours][task], of_task[task]) for task in tasks if task in of_task}
-        if row in OURS or not by:
-            continue
-        counted = [share for share, _ in by.values() if math.isfinite(share)]
-        below = f"{sum(share <= 0 for share in counted)} of {len(counted)}"
-        lines.append([row, *(by[task][1] if task in by else "" for task in tasks), below])
-    title = f"Final training loss of {ours} against each, % on common seeds (below 0: ours is lower)"
-    return table(title, ["", *tasks, "at or below"], lines)
+        by = {task: change(rows[ours][task], of_task[task]) for task in columns if task in of_task}
+        if by and row not in OURS:
+            counted = [share for share, _ in by.values() if math.isfinite(share)]
+            below = f"{sum(share <= 0 for share in counted)} of {len(counted)}"
+            lines.append([label(row), *(by[task][1] if task in by else "" for task in columns), below])
+    return markdown(["", *columns, "at or below"], lines)
 
 
-def equal_time(ours: str, rows: Rows) -> list[str]:
+def equal_time(ours: str, rows: Rows, tasks: Iterable[str]) -> Lines:
     """The same of mini-batches' losses when a whole run of one of ours is over; the average's would be lower."""
-    tasks, lines = list(rows.get(ours, {})), []
-    budget = {task: mean(rows[ours][task], "seconds") for task in tasks}
+
+    def drawn(row: str, task: str) -> Runs:
+        return [run for run in rows.get(row, {}).get(task, []) if run.curve is not None]
+
+    budget = {task: mean(mine, "seconds") for task in tasks if (mine := drawn(ours, task))}
+    lines = []
+    for row in (row for row in rows if row not in OURS):
+        changes = (
+            change(drawn(ours, task), drawn(row, task), partial(loss_after, seconds=seconds))
+            for task, seconds in budget.items()
+        )
+        if any(cells := [text for _, text in changes]):
+            lines.append([label(row), *cells])
+    return markdown(["", *(f"{task}, {seconds:.0f} s" for task, seconds in budget.items())], lines)
+
+
+def variants(
+    base: str, rows: Rows, tasks: Iterable[str], shown: Callable[[set[str]], bool] = lambda options: True
+) -> Lines:
+    """By how much options raise (+) or lower (-) the final training loss of `base`, on the seeds of both.
+
+    Args:
+        base: One of ours, perhaps with an option, which the others have as well.
+        rows: All.
+        tasks: Where.
+        shown: Of the further options' names: whether to show a row that has them.
+    """
+    name, _, fixed = base.partition(":")
+    default, others = {task: runs for task in tasks if (runs := rows.get(base, {}).get(task))}, {}
     for row, of_task in rows.items():
-        cells = []
-        for task in tasks:
-            runs = of_task.get(task, [])
-            _, text = change(rows[ours][task], runs, partial(loss_after, seconds=budget[task]))
-            part = mean(runs, "seconds") / budget[task]  # of ours' time, its whole run
-            cells.append(text + (f" (over at {part:.0%})" if text and part < 0.995 else ""))
-        if row not in OURS and any(cells):
-            lines.append([row, *cells])
-    heads = ["", *(f"{task}, {budget[task]:.0f} s" for task in tasks)]
-    title = f"Mini-batches' loss of {ours} against each when its run is over, % on common seeds"
-    return table(title, heads, lines)
+        options = parts(row.partition(":")[2])
+        further = [option for option in options if option != fixed]
+        if row.startswith(f"{name}:") and row != base and (not fixed or fixed in options):
+            by = {task: change(of_task[task], runs) for task, runs in default.items() if task in of_task}
+            if by and shown({option.partition("=")[0] for option in further}):
+                others[",".join(further)] = by
+    columns = [task for task in default if any(task in by for by in others.values())]
+    lines = []
+    for options, by in others.items():
+        median = percent(statistics.median(share for share, _ in by.values()))
+        lines.append([f"`{options}`", *(by[task][1] if task in by else "" for task in columns), median])
+    return markdown(["", *columns, "median"], lines)
 
 
-def variants(base: str, rows: Rows) -> list[str]:
-    """By how much options of one of ours raise (+) or lower (-) its final training loss, on the seeds of both."""
-    default, lines = rows.get(base, {}), []
-    others = {row: of_task for row, of_task in rows.items() if row.startswith(f"{base}:")}
-    tasks = [task for task in default if any(task in of_task for of_task in others.values())]
-    for row, of_task in others.items():
-        by = {task: change(of_task[task], default[task]) for task in tasks if task in of_task}
-        if by:
-            median = f"{statistics.median(share for share, _ in by.values()):+.1%}"[:-1]
-            lines.append([f"`{row.partition(':')[2]}`", *(by[t][1] if t in by else "" for t in tasks), median])
-    return table(
-        f"Options of {base}: final training loss against the default's, % on common seeds",
-        ["", *tasks, "median"],
-        lines,
-    )
-
-
-def tables(found: Found) -> str:
-    """All tables in Markdown."""
-    rows = rows_of(found)
-    plain = {row: of_task for row, of_task in rows.items() if not is_variant(row)}
-    lines = introduction(found, rows)
-    for metric in METRICS:
-        lines += finals(metric, found, plain)
+def text_of(found: Found, where: str) -> str:
+    """All tables of a folder, each under its title."""
+    rows, tasks = rows_of(found), list(found)
+    plain = without_variants(rows)
+    made = [(f"Tasks, on {where}", sizes(found, tasks))]
+    made += [(title, finals(metric, plain, tasks)) for metric, title in METRICS.items()]
     for ours in OURS:
-        lines += against(ours, plain) + equal_time(ours, plain)
-    for ours in OURS:
-        lines += variants(ours, rows)
-    return "\n".join(lines) + "\n"
+        name = NAMES[ours]
+        made += [
+            (f"Final training loss of {name} against each, % on common seeds (below 0: ours is lower)",
+             against(ours, plain, tasks)),
+            (f"Mini-batches' loss of {name} against each when its run is over, % on common seeds",
+             equal_time(ours, plain, tasks)),
+            (f"Options of {name}: final training loss against the default's, % on common seeds",
+             variants(ours, rows, tasks)),
+        ]  # fmt: skip
+    return "\n\n".join("\n".join([f"## {title}", "", *lines]) for title, lines in made if lines) + "\n"

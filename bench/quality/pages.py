@@ -1,0 +1,139 @@
+"""The pages' tables: which they are, and how they come to stand in README.md and docs/*.md.
+
+A table stands between <!-- table: NAME --> and <!-- end of table -->, each alone on its line. What is between is
+written by `python -m bench.quality.report` and by nobody else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.quality import costs
+from bench.quality.optimizers import OURS
+from bench.quality.results import Found, Rows, mean, mean_loss, rows_of, without_variants
+from bench.quality.tables import against, change, decimals, equal_time, finals, markdown, sizes, variants
+
+ROOT = Path(__file__).parents[2]
+MAIN = (
+    "cnn", "mlp", "few", "ae_fashion", "ae_curves", "ae_faces", "transformer", "lstm", "gcn", "vgg11", "resnet",
+)  # fmt: skip
+MORE = ("mlp_32", "mlp_512", "mlp_1024", "masked", "vgg16", "vit")
+HEADLINE = {  # the README's tasks, which it orders by where AdamWLW does worst
+    "cnn": "CNN, Fashion-MNIST",
+    "mlp": "MLP, Fashion-MNIST",
+    "few": "CNN, 1000 images",
+    "ae_fashion": "autoencoder, Fashion-MNIST",
+    "ae_curves": "autoencoder, curves",
+    "ae_faces": "autoencoder, faces",
+    "transformer": "transformer, characters",
+    "masked": "transformer, hidden characters",
+    "vit": "ViT, CIFAR-10",
+    "lstm": "LSTM, characters",
+    "gcn": "GCN, Cora",
+    "vgg11": "VGG11, CIFAR-10",
+    "resnet": "ResNet-8, CIFAR-10",
+}
+ADAMW = ("adamw, best constant", "adamw, best cosine")
+TIMES = {"update_every", "warmup_steps"}
+
+
+def headline(rows: Rows) -> list[str]:
+    """AdamWLW's final training loss against the best of each kind of others, the worst task first; bold: it loses."""
+    kinds = {
+        "AdamW, best constant rate": ADAMW[:1],
+        "AdamW, best rate + cosine": ADAMW[1:],
+        "Schedule-Free AdamW, best rate or default": ("sf_adamw, best constant", "sf_adamw"),
+    }
+    lines: list[tuple[float, list[str]]] = []
+    for task, about in HEADLINE.items():
+        ours, changes = rows["adamwlw"][task], []
+        for names in kinds.values():
+            theirs = [rows[name][task] for name in names if task in rows.get(name, {})]
+            changes.append(change(ours, min(theirs, key=mean_loss)) if theirs else (-math.inf, ""))
+        metric, best = ("test", min) if ours[0].accuracy is None else ("accuracy", max)
+        mine, adamw = mean(ours, metric), best(mean(rows[row][task], metric) for row in ADAMW)
+        places = 1 if metric == "accuracy" else decimals(mine)
+        told = f"{mine:.{places}f} / {adamw:.{places}f}" + " %" * (metric == "accuracy")
+        cells = [*changes, (1.0 if best(mine, adamw) != mine else 0.0, told)]
+        lines.append((max(changes)[0], [about, *(f"**{text}**" if loses > 0 else text for loses, text in cells)]))
+    lines.sort(key=lambda line: -line[0])
+    return markdown(["task", *kinds, "test: ours / AdamW's better"], [cells for _, cells in lines])
+
+
+def tables(found: Found, results: Path) -> dict[str, Callable[[], list[str]]]:
+    """Every table by its name in the pages."""
+    rows = rows_of(found)
+    plain = without_variants(rows)
+    short = {row: plain[row] for row in (*ADAMW, *OURS)}
+    return {
+        "results": lambda: headline(plain),
+        "costs": lambda: costs.short(results / "step-cpu.json"),
+        "step": lambda: costs.steps(results / "step-cpu.json"),
+        "update": lambda: costs.updates(results / "update-cpu.json"),
+        "tasks": lambda: sizes(found, MAIN),
+        "train": lambda: finals("train", plain, MAIN),
+        "accuracy": lambda: finals("accuracy", plain, MAIN),
+        "test": lambda: finals("test", plain, [task for task in MAIN if task.startswith("ae_")]),
+        "seconds": lambda: finals("seconds", plain, MAIN),
+        "against adamwlw": lambda: against("adamwlw", plain, MAIN),
+        "against sgdlw": lambda: against("sgdlw", plain, MAIN),
+        "equal time adamwlw": lambda: equal_time("adamwlw", plain, MAIN),
+        "equal time sgdlw": lambda: equal_time("sgdlw", plain, MAIN),
+        "more tasks": lambda: sizes(found, MORE),
+        "more train": lambda: finals("train", short, MORE),
+        "more accuracy": lambda: finals("accuracy", short, MORE),
+        "more against adamwlw": lambda: against("adamwlw", short, MORE),
+        "more against sgdlw": lambda: against("sgdlw", short, MORE),
+        "measuring adamwlw": lambda: variants("adamwlw", rows, found, lambda options: options <= TIMES),
+        "options adamwlw": lambda: variants("adamwlw", rows, found, lambda options: not options <= TIMES),
+        "options sgdlw": lambda: variants(
+            "sgdlw:ramp_steps=0", rows, ("mlp", "ae_faces"), lambda options: len(options) == 1 or options <= TIMES
+        ),
+    }
+
+
+START, END = "<!-- table: ", "<!-- end of table -->"
+TABLE = re.compile(rf"^{START}(.+?) -->\n((?:(?!{START}).)*?)^{END}$", re.MULTILINE | re.DOTALL)
+
+
+def filled(text: str, made: dict[str, Callable[[], list[str]]]) -> str:
+    """A page with its tables written anew.
+
+    Raises:
+        ValueError: A marker has no other, or a name is of no table.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in made:
+            raise ValueError(f"no table is named {match[1]!r}; there are {', '.join(made)}")
+        return "\n".join([f"{START}{match[1]} -->", "", *made[match[1]](), "", END])
+
+    if not text.count(START) == text.count(END) == len(TABLE.findall(text)):
+        raise ValueError(f"a marker ({START}NAME -->, {END}) lacks its other")
+    return TABLE.sub(fill, text)
+
+
+def pages(root: Path) -> list[Path]:
+    """Where tables may stand."""
+    return [path for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if path.is_file()]
+
+
+def stale(root: Path, made: dict[str, Callable[[], list[str]]]) -> dict[Path, tuple[str, str]]:
+    """The pages that are not what they should be: what they are, and should be.
+
+    Raises:
+        ValueError: As `filled`, with the page's name.
+    """
+    found = {}
+    for path in pages(root):
+        text = path.read_text()
+        try:
+            new = filled(text, made)
+        except ValueError as error:
+            raise ValueError(f"{path.relative_to(root)}: {error}") from None
+        if new != text:
+            found[path] = (text, new)
+    return found
