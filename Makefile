@@ -6,7 +6,9 @@
 #   make test-slow  what takes minutes
 #   make bench      whole steps, update and rates against torch's own, about 8 minutes: JSON and pictures in
 #                   bench/results/, tables at the end; ARGS="-k step" takes a part
-#   make lint       ruff, mypy, clang-format
+#   make lint       ruff, mypy, import-linter, clang-format
+#   make docs       the documentation's pages in site/; a broken link fails
+#   make package    wheel and source distribution, each installed in a fresh environment and tried there, 2 minutes
 #   make clean      start over
 #
 # Which torch: when $(PYTHON) has one in 2.11 to 2.14 it is used as it is, from where it is; nothing is installed
@@ -29,7 +31,7 @@ CSRC := $(wildcard csrc/*)
 # cores are busy with something else.
 demo test test-slow: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench lint docs package clean
 
 demo: $(READY)
 	$(PY) -m examples.demo $(ARGS)
@@ -45,23 +47,40 @@ bench: $(READY)
 	$(PY) bench/report.py bench/results/latest.json
 	$(PY) bench/draw.py bench/results/latest.json --out bench/results
 
-# Through its module: the command may lie beside another interpreter, whose packages are shared.
+# Through their modules: a command may lie beside another interpreter, whose packages are shared.
 CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'
+LINT_IMPORTS := $(PY) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-logo --no-cache
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(CLANG_FORMAT) --dry-run --Werror $(CSRC) tests/fuzz_update.cpp
+	$(LINT_IMPORTS)
+	$(CLANG_FORMAT) --dry-run --Werror $(CSRC) tests/update/fuzz_update.cpp
+
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	@echo "open site/index.html, or with search: $(PY) -m http.server -d site"
+
+package: $(READY)
+	bash .ci/package $(PY)
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	if [ -e $(VENV)/made-by-make ]; then rm -rf $(VENV); fi
 
 # These first: without build isolation the build uses the environment's own, and a fresh one may have none.
 $(READY): $(BASE) pyproject.toml setup.py $(CSRC)
 	$(PIP) 'setuptools>=77' ninja
 	$(PIP) --no-build-isolation -e '.[demo,test,lint]' -c $(VENV)/constraints
+	@touch $@
+
+# The packages of the extra alone: to install it by name would build the package anew.
+DOCS := from importlib.metadata import requires; \
+  print(*(repr(r.split(";")[0]) for r in requires("lwas_fast") if "docs" in r.split(";")[-1]))
+
+$(VENV)/docs-ready: $(READY)
+	$(PY) -c "$$DOCS" | xargs $(PIP) -c $(VENV)/constraints
 	@touch $@
 
 # Prints what makes the packages of the running interpreter visible to another environment, if a fitting torch is
@@ -84,7 +103,7 @@ try:
 except Exception as error:
     print("no torch in", sys.executable, f"({error})", file=sys.stderr)
 endef
-export SHARE_TORCH
+export SHARE_TORCH DOCS
 
 $(BASE):
 	@if [ -e $(VENV) ] && [ ! -e $(VENV)/made-by-make ]; then echo \

@@ -119,7 +119,7 @@ def extension() -> dict:
 # Without build isolation nobody reads what pyproject.toml asks for, and an older setuptools fails obscurely.
 if int(setuptools_version.split(".")[0]) < 77:
     raise SystemExit(
-        f"building lwas_fast takes setuptools 77 or newer, and this is {setuptools_version}: pip install 'setuptools>=77'"
+        f"lwas_fast is built with setuptools >= 77, and this is {setuptools_version}: pip install 'setuptools>=77'"
     )
 
 setup(

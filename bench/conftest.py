@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from lwas_fast.backends import describe
+from lwas_fast.installed import describe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

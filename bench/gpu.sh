@@ -83,7 +83,7 @@ out = pathlib.Path(sys.argv[1])
 stages = [json.loads(line) for line in (out / "stages.jsonl").read_text().splitlines()]
 summary = {"stages": stages}
 try:
-    from lwas_fast.backends import describe
+    from lwas_fast.installed import describe
 
     summary["environment"] = dict(describe())
 except Exception as error:  # the build may be what failed

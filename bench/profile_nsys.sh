@@ -4,7 +4,7 @@
 #   bench/profile_nsys.sh [MODEL [OPTION...]]     VGG16-BN without one; options are those of bench/profile_step.py
 #
 # Writes to $OUT (bench/results/profile): report.nsys-rep and tables of ranges and kernels, or trace.json (Chrome's format)
-# and table.txt. docs/profiling.md tells how to read them.
+# and table.txt. docs/costs.md tells how to read them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/profile}

@@ -20,8 +20,7 @@ def main() -> None:
                 params = [
                     torch.randn(n + 3, device="cuda").to(dtype)[k:].requires_grad_() for k in (0, 3) for n in SIZES
                 ]
-                noise = 0.0 if free else 0.5
-                opt = kind(params, update_every=2, schedule_free=free, noise_exponent=noise, cap=cap, fused=True)
+                opt = kind(params, update_every=2, schedule_free=free, cap=cap, fused=True)
                 for _ in range(3):
                     opt.zero_grad()
                     opt.backward(sum((p.float() ** 2 * torch.randn_like(p.float())).sum() for p in params))

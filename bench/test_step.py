@@ -7,6 +7,7 @@ depends on nothing but how many steps of each it has. Told are the ratios of
 * an ordinary step (medians),
 * a step that measures (medians),
 * the mean of 500 steps at the default schedule, and at fixed intervals of 1 to 100 steps,
+* `opt.step()` alone in an ordinary step, on the weights and statistics that this training has left (medians),
 
 what a measuring step is made of, and the peak memory of an ordinary step beyond what is there before it.
 
@@ -26,7 +27,10 @@ import torch
 from models import MODELS, Problem
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lwas_fast import SGDLW, AdamWLW, measure, optimizer
+from lwas_fast import SGDLW, AdamWLW, optimizer
+from lwas_fast.measure import routes
+from lwas_fast.rates import refresh
+from lwas_fast.update import step as steps
 
 CUDA = torch.cuda.is_available()
 PAIRS, EVERY, STEPS = 60, 5, 500
@@ -112,9 +116,16 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[float]]]:
         found[name].append(time.perf_counter() - start)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "span", span)
-        patch.setattr(optimizer, "span", span)
+        for module in (routes, refresh, steps):
+            patch.setattr(module, "span", span)
         yield found
+
+
+def update_alone(problem: Problem, opt: torch.optim.Optimizer) -> float:
+    """Seconds that `opt.step()` takes by itself, behind a gradient taken anew."""
+    opt.zero_grad()
+    problem.loss().backward()
+    return timed(opt.step)
 
 
 def peak_bytes(step: Step, model: torch.nn.Module) -> int:
@@ -145,9 +156,9 @@ def compare(
     for _ in range(2):
         torch.manual_seed(0)
         sides.append(make())
-    theirs = usual(sides[0], torchs(sides[0].model.parameters()))
+    other_opt = torchs(sides[0].model.parameters())
     opt = kind(sides[1].model.named_parameters(), update_every=EVERY)
-    ours = ROUTES[route](sides[1], opt)
+    theirs, ours = usual(sides[0], other_opt), ROUTES[route](sides[1], opt)
     for _ in range(2):  # state is made, memory is touched
         theirs()
         ours()
@@ -180,6 +191,8 @@ def compare(
     measuring = peak_bytes(ours, sides[1].model)
     opt.param_groups[0]["next_refresh"] = 10**9
     ours()
+    alone = [(update_alone(sides[0], other_opt), update_alone(sides[1], opt)) for _ in range(pairs // 2)]
+    update = [statistics.median(times) for times in zip(*alone, strict=True)]
     parameters = [p.numel() for p in sides[1].model.parameters()]
     benchmark.extra_info.update(
         case=f"{rule}, {route}",
@@ -188,6 +201,7 @@ def compare(
         theirs_median=base,
         ratio=ratio,
         ratio_measuring=ratio + extra,
+        ratio_update=update[1] / update[0],
         ratio_mean=ratio + extra * count / STEPS,
         refreshes=count,
         by_interval={interval: ratio + extra / interval for interval in INTERVALS},

@@ -1,8 +1,8 @@
 // The optimizers' formulae, on registers: the one place where they stand in C++.
 //
 // Host and device, no include of torch. What moves the data (update_cpu.cpp, multi_tensor.cuh) knows nothing of the
-// formulae; what stands here knows nothing of memory. lwas_fast/update.py is the same in plain torch, and
-// lwas_fast/reference.py defines both.
+// formulae; what stands here knows nothing of memory. lwas_fast/update/plain.py is the same in plain torch, and
+// tests/reference.py defines both.
 //
 // A step takes one pass over parameter, gradient and state, although the cap bounds a layer's step by ||W|| / ||d||,
 // which are known after the pass only. The pass therefore moves the weights by the uncapped rate where the norms of the
@@ -24,16 +24,16 @@
 
 namespace lwas {
 
-// What a layer's row of statistics holds; a test compares it with lwas_fast.rates.Column.
+// What a layer's row of statistics holds; a test compares it with lwas_fast.table.Column.
 enum Column : int {
   kAverage = 0,
   kWeight = 1,
-  kApplied = 6,
-  kCapped = 12,
-  kSkipped = 13,
-  kLength = 14,
-  kSize = 15,
-  kColumns = 16
+  kApplied = 4,
+  kCapped = 10,
+  kSkipped = 11,
+  kLength = 12,
+  kSize = 13,
+  kColumns = 14
 };
 
 // Hyperparameters of the direction.

@@ -28,9 +28,9 @@ if importlib.machinery.PathFinder.find_spec("lwas_fast.triton_kernels", __path__
         _spec.loader.exec_module(sys.modules[_spec.name])
 
 from lwas_fast.adamw import AdamWLW
-from lwas_fast.averaging import averaged
 from lwas_fast.errors import CurvatureError
 from lwas_fast.sgd import SGDLW
+from lwas_fast.update import averaged
 
 __version__ = "0.1.0.dev0"
 

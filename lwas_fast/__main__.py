@@ -1,6 +1,6 @@
 """``python -m lwas_fast``: what is installed and which implementations are active."""
 
-from lwas_fast.backends import describe
+from lwas_fast.installed import describe
 
 
 def main() -> None:

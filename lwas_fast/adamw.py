@@ -7,37 +7,92 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
-from lwas_fast import fused
-from lwas_fast.curvature import Here
 from lwas_fast.layers import LayerRule
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
-from lwas_fast.update import Moving, bias_correction, each
+from lwas_fast.rule import Here, Moving, Rule, bias_correction, each
+
+
+def _denominators(second: list[Tensor] | tuple[Tensor, ...], steps: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """The root of the bias-corrected second moments, plus eps, of tensors that have had so many steps (N,)."""
+    found = list(torch._foreach_div(second, each(bias_correction(steps, group["betas"][1]), second)))
+    torch._foreach_sqrt_(found)
+    torch._foreach_add_(found, group["eps"])
+    return found
+
+
+class AdamWRule(Rule):
+    """Adam's direction, decoupled weight decay."""
+
+    name = "AdamWLW"
+    with_momentum = ("exp_avg", "exp_avg_sq")
+    schedule_free = ("offset", "exp_avg_sq")
+    caps = (0.2, 0.1)
+    decoupled = True
+    operator = "adamw_step"
+
+    @override
+    def beta(self, group: dict[str, Any]) -> float:
+        return float(group["betas"][0])
+
+    @override
+    def directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
+        gradients, beta2 = here.gradients, group["betas"][1]
+        squares = torch._foreach_mul(gradients, gradients)
+        second = torch._foreach_lerp([state["exp_avg_sq"] for state in here.states], squares, 1 - beta2)
+        del squares
+        denominators = _denominators(second, here.steps, group)
+        del second
+        directions = list(torch._foreach_div(gradients, denominators))
+        torch._foreach_mul_(directions, here.factors)
+        return gradients, directions
+
+    @override
+    def advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
+        beta1, beta2 = group["betas"]
+        second = [state["exp_avg_sq"] for state in states]
+        squares = torch._foreach_mul(moving.gradients, moving.gradients)
+        torch._foreach_lerp_(second, moving.taking_part(squares, second), 1 - beta2)
+        steps = moving.count(states)
+        denominators = _denominators(second, steps, group)
+        if group["schedule_free"]:
+            return list(torch._foreach_div(moving.gradients, torch._foreach_neg(denominators)))
+        first = [state["exp_avg"] for state in states]
+        torch._foreach_lerp_(first, moving.taking_part(moving.gradients, first), 1 - beta1)
+        directions = list(torch._foreach_div(first, each(-bias_correction(steps, beta1), moving.weights)))
+        torch._foreach_div_(directions, denominators)
+        return directions
+
+    @override
+    def numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        return (*group["betas"], group["eps"], group["weight_decay"])
 
 
 class AdamWLW(LayerwiseOptimizer):
-    r"""AdamW whose step size is measured, layer by layer, instead of given.
+    """AdamW whose step size is measured, layer by layer, instead of given.
 
-    By default it is schedule-free: with :math:`v \leftarrow \beta_2 v + (1-\beta_2) g^2` and g the gradient at W,
+    By default it is schedule-free. In the k-th step, with g the gradient at W:
 
-    .. math::
-        d = -g / (\sqrt{\hat v} + \epsilon), \quad Z \leftarrow Z + r (d - \gamma W), \quad
-        X \leftarrow X + \tfrac1k (Z - X), \quad W = \beta_1 X + (1 - \beta_1) Z
+        v ← β₂v + (1 − β₂)g²
+        d = −g / (√v̂ + ε)
+        Z ← Z + r(d − γW)
+        X ← X + (Z − X)/k
+        W = β₁X + (1 − β₁)Z
 
-    in the k-th step: Z moves, W is trained on, and X, the average of all Z, is evaluated (`eval`, `train`). With
+    Z takes the steps, W is trained on, and X, the average of all Z, is evaluated (`eval`, `train`). With
     ``schedule_free=False`` it is AdamW:
 
-    .. math::
-        m \leftarrow \beta_1 m + (1-\beta_1) g, \quad d = -\hat m / (\sqrt{\hat v} + \epsilon), \quad
-        W \leftarrow (1 - r\gamma) W + r\, d
+        m ← β₁m + (1 − β₁)g
+        d = −m̂ / (√v̂ + ε)
+        W ← (1 − rγ)W + rd
 
-    r is the layer's rate, in the first case times :math:`1/\sqrt{1-\beta_1+\beta_1/k}`, bounded by ``cap``; γ is the
-    decoupled weight decay.
+    r is the layer's rate, bounded by ``cap``, and schedule-free times 1/√(1 − β₁ + β₁/k); γ is the decoupled weight
+    decay; v̂ and m̂ are corrected for their start at 0.
 
     Sources: Bahamou & Goldfarb, arXiv 2305.13664 (AdamW-LW); Defazio et al., arXiv 2405.15682 (schedule-free).
-    Their combination, cap, growth limit and noise factor are ours.
+    Their combination, cap and growth limit are ours.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs (best: they make the layers), or group dictionaries.
@@ -51,21 +106,15 @@ class AdamWLW(LayerwiseOptimizer):
         cap: Most that a rate may move a layer (schedule-free: its iterate) in a step, before `lr`, ramp and weight
             decay, as a share of the norm of its N weights, which counts as 0.01·√N at least. Default 0.2, with momentum
             0.1.
-        noise_exponent: Power of the share of signal in the gradient that scales rates; 0: off. Needs momentum.
         warmup_rate: The rate in warm-up and of layers never measured.
         schedule_free: Whether to train schedule-free, or with momentum.
-        **common: See :class:`lwas_fast.optimizer.LayerwiseOptimizer`.
+        **common: See `LayerwiseOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter cannot be optimized.
     """
 
-    _buffers = ("exp_avg", "exp_avg_sq")
-    _free_buffers = ("offset", "exp_avg_sq")
-    _by_mode = {"cap": (0.2, 0.1)}
-    _fused = staticmethod(fused.adamw)
-    _decoupled = True
-    _average = "exp_avg"
+    rule = AdamWRule()
 
     def __init__(
         self,
@@ -77,51 +126,11 @@ class AdamWLW(LayerwiseOptimizer):
         *,
         ramp_steps: int = 0,
         cap: float | None = None,
-        noise_exponent: float = 0.0,
         warmup_rate: float = 1e-3,
         schedule_free: bool = True,
         layers: LayerRule = None,
         **common: Unpack[Common],
     ):
         own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        own |= {"ramp_steps": ramp_steps, "cap": cap, "noise_exponent": noise_exponent, "warmup_rate": warmup_rate}
-        own["schedule_free"] = schedule_free
+        own |= {"ramp_steps": ramp_steps, "cap": cap, "warmup_rate": warmup_rate, "schedule_free": schedule_free}
         super().__init__(params, own, layers, common)
-
-    def _decay(self, group: dict[str, Any]) -> float:
-        return float(group["betas"][0])
-
-    def _directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
-        states, _, gradients, steps, factors = here
-        beta1, beta2 = group["betas"]
-        squares = torch._foreach_mul(gradients, gradients)
-        denominators = list(torch._foreach_lerp([state["exp_avg_sq"] for state in states], squares, 1 - beta2))
-        del squares
-        torch._foreach_div_(denominators, each(bias_correction(steps, beta2), gradients))
-        torch._foreach_sqrt_(denominators)
-        torch._foreach_add_(denominators, group["eps"])
-        if group["probe"] == "gradient":
-            directions = list(torch._foreach_div(gradients, denominators))
-        else:
-            directions = list(torch._foreach_lerp([state["exp_avg"] for state in states], gradients, 1 - beta1))
-            torch._foreach_div_(directions, each(bias_correction(steps, beta1), gradients))
-            torch._foreach_div_(directions, denominators)
-        torch._foreach_mul_(directions, factors)
-        return gradients, directions
-
-    def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
-        beta1, beta2 = group["betas"]
-        second = [state["exp_avg_sq"] for state in states]
-        squares = torch._foreach_mul(moving.gradients, moving.gradients)
-        torch._foreach_lerp_(second, moving.taking_part(squares, second), 1 - beta2)
-        steps = moving.count(states)
-        denominators = list(torch._foreach_div(second, each(bias_correction(steps, beta2), moving.weights)))
-        torch._foreach_sqrt_(denominators)
-        torch._foreach_add_(denominators, group["eps"])
-        if group["schedule_free"]:
-            return list(torch._foreach_div(moving.gradients, torch._foreach_neg(denominators)))
-        first = [state["exp_avg"] for state in states]
-        torch._foreach_lerp_(first, moving.taking_part(moving.gradients, first), 1 - beta1)
-        directions = list(torch._foreach_div(first, each(-bias_correction(steps, beta1), moving.weights)))
-        torch._foreach_div_(directions, denominators)
-        return directions

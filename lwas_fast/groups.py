@@ -1,21 +1,14 @@
-"""Parameter groups and their gradients: what is checked of them, and the layers that a new group is made of."""
+"""Parameter groups: what is checked of a new one, and the layers that it is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lwas_fast import backends, options
+from lwas_fast import options
 from lwas_fast.layers import LayerRule, layer_names
-
-
-def parameter_name(group: dict[str, Any], i: int) -> str:
-    """The i-th parameter of a group, for messages."""
-    names = group.get("param_names")
-    return repr(names[i]) if names else f"number {i} of its group, of shape {tuple(group['params'][i].shape)}"
 
 
 def _checked_parameters(param_group: dict[str, Any], number: int) -> dict[str, Any]:
@@ -51,34 +44,28 @@ def prepare(
     param_group: dict[str, Any],
     earlier: list[dict[str, Any]],
     defaults: dict[str, Any],
-    by_mode: dict[str, tuple[Any, Any]],
     rule: LayerRule,
+    optimizer: str,
 ) -> dict[str, Any]:
-    """Check a group that is to be added and name its layers.
+    """Check a group that is to be added to earlier ones, and name its layers.
 
-    Args:
-        param_group: ``{"params": ..., option: value, ...}``; ``"layers"`` overrides `rule`. Not changed.
-        earlier: The optimizer's groups so far.
-        defaults: Its options.
-        by_mode: What an option of None stands for, schedule-free and with momentum.
-        rule: Its ``layers=``.
+    ``"layers"`` in the group overrides `rule`, the optimizer's own; `optimizer` is its name, for messages.
 
     Returns:
-        A copy, each tensor in it once, with ``layer_names``, ``steps``, ``next_refresh``, ``last_refresh``,
-        ``train_mode`` and ``share``.
+        A copy, each tensor in it once, with ``layer_names`` and what a group counts and remembers.
 
     Raises:
-        TypeError: No dictionary, or an entry that is no tensor.
+        TypeError: No dictionary, an entry that is no tensor, or an option that was removed.
         ValueError: A sparse, complex, integer or distributed tensor; an option out of range; a layer in two groups.
     """
     number = len(earlier)
     group = _checked_parameters(param_group, number)
     where = f" in parameter group {number}"
+    options.check_names(group, (), optimizer)
     for name in options.WHOLE:
         if name in group:
             raise ValueError(f"{name}={group[name]!r}{where}: it holds for the whole optimizer; pass it there")
     options.check({**defaults, **group}, where)
-    backends.check_fused({**defaults, **group})
     rule = group.pop("layers", rule)
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
     names = [entry[0] for entry in group["params"] if isinstance(entry, tuple)] or group.get("param_names")
@@ -93,31 +80,6 @@ def prepare(
     group["steps"] = 0
     group["next_refresh"] = group.get("warmup_steps", defaults["warmup_steps"])
     group["last_refresh"] = None
-    fill_by_mode(group, defaults, by_mode)
     group["train_mode"] = all(g["train_mode"] for g in earlier)
     group["share"] = None
     return group
-
-
-def fill_by_mode(group: dict[str, Any], defaults: dict[str, Any], by_mode: dict[str, tuple[Any, Any]]) -> None:
-    """Give a group's options of None what they stand for in its own mode: see `prepare`."""
-    free = group.get("schedule_free", defaults["schedule_free"])
-    for name, (schedule_free, with_momentum) in by_mode.items():
-        if group.get(name, defaults[name]) is None:
-            group[name] = schedule_free if free else with_momentum
-
-
-def check_dense(groups: list[dict[str, Any]], gradient_of: Callable[[Tensor], Tensor | None]) -> None:
-    """Refuse sparse gradients.
-
-    Raises:
-        TypeError: Names the parameter and the way out.
-    """
-    for group in groups:
-        for i, param in enumerate(group["params"]):
-            gradient = gradient_of(param)
-            if gradient is not None and gradient.layout != torch.strided:
-                raise TypeError(
-                    f"the gradient of parameter {parameter_name(group, i)} is sparse, which has no curvature pass: "
-                    "make it dense (sparse=False in nn.Embedding) or give it an optimizer of its own"
-                )

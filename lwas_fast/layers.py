@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lwas_fast.rates import Column
+from lwas_fast.table import Column
 
 LayerRule: TypeAlias = "Callable[[str], str] | Mapping[str, str] | nn.Module | None"
 
 # A layer's weights may start at zero (biases, the last layer of a residual branch): relative to its own norm it
 # could never move. Its root mean square counts as this much at least (in the manner of Adafactor's epsilon_2).
 RMS_FLOOR = 1e-2
+
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters that compiled code and Triton take
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -35,6 +38,28 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def parameter_name(group: dict[str, Any], i: int) -> str:
+    """The i-th parameter of a group, for messages."""
+    names = group.get("param_names")
+    return repr(names[i]) if names else f"number {i} of its group, of shape {tuple(group['params'][i].shape)}"
+
+
+def check_dense(groups: Sequence[dict[str, Any]], gradient_of: Callable[[Tensor], Tensor | None]) -> None:
+    """Refuse sparse gradients.
+
+    Raises:
+        TypeError: Names the parameter and the way out.
+    """
+    for group in groups:
+        for i, param in enumerate(group["params"]):
+            gradient = gradient_of(param)
+            if gradient is not None and gradient.layout != torch.strided:
+                raise TypeError(
+                    f"the gradient of parameter {parameter_name(group, i)} is sparse, which has no curvature pass: "
+                    "make it dense (sparse=False in nn.Embedding) or give it an optimizer of its own"
+                )
+
+
 def module_of(name: str) -> str:
     """The module that a parameter name belongs to: ``"conv1.weight"`` -> ``"conv1"``.
 
@@ -51,12 +76,8 @@ def layer_names(params: Sequence[Tensor], names: Sequence[str] | None, rule: Lay
     Args:
         params: The parameters of one group.
         names: Their names, or None when the optimizer was given bare tensors.
-        rule: The optimizer's ``layers=``: a callable from parameter name to layer name, a mapping likewise, a
-            module (its own names are used), or None (names where there are any, else each tensor is a layer).
+        rule: The optimizer's ``layers=``; for a module its own names, for None a layer a module, or a tensor.
         first: Number of parameters in earlier groups, to number nameless ones.
-
-    Returns:
-        One layer name for each parameter.
 
     Raises:
         TypeError: The rule is of another kind or does not give strings.
@@ -124,8 +145,6 @@ class Selection:
     def per_tensor(self, values: Tensor) -> list[Tensor]:
         """Hand each tensor its layer's number, in the dtype of its state: (S,) -> N tensors without dimension."""
         numbers = values.unbind()
-        if values.dtype == torch.bool:
-            return [numbers[i] for i in self.layer]
         return [numbers[i].to(state_dtype(param)) for i, param in zip(self.layer, self.params, strict=True)]
 
 
@@ -138,7 +157,7 @@ class Bucket:
         params: Its parameters on this device, those of a layer side by side.
         row: For each parameter, the row of its layer in `table`; does not decrease.
         names: Layer names, one for each row.
-        table: (L, len(Column)), each layer's statistics: see rates.Column.
+        table: (L, len(Column)), each layer's statistics: see table.Column.
         steps: (N,) float32, the updates that each parameter has had.
         counts: Views of `steps`, one for each parameter.
     """
@@ -179,21 +198,56 @@ class Bucket:
         return Selection(indices, params, which, layer, index, elements, where, self.table.dtype)
 
 
-def make_buckets(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> list[Bucket]:
-    """Lay out every group's layers and bring back the statistics that `state` holds of them.
+class Layout:
+    """Every group's layers, and the state and statistics of each.
 
     Args:
-        param_groups: The optimizer's groups, each with ``layer_names``.
+        groups: The optimizer's parameter groups, each with ``layer_names``.
         state: The optimizer's state; ``state[p]["layer"]`` is p's layer's row, where it is there.
+        buffers_of: Names of the state tensors, shaped like the parameter, that a group keeps.
 
-    Returns:
-        The buckets, in the order of groups. ``state[p]["layer"]`` and ``state[p]["step"]`` are made views of theirs.
+    Attributes:
+        buckets: In the order of groups. ``state[p]["layer"]`` and ``state[p]["step"]`` are made views of theirs.
 
     Raises:
         ValueError: A layer's tensors are on two devices.
     """
-    buckets = []
-    for number, group in enumerate(param_groups):
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        state: MutableMapping[Tensor, dict[str, Any]],
+        buffers_of: Callable[[dict[str, Any]], tuple[str, ...]],
+    ):
+        self.groups, self.state, self._buffers_of = groups, state, buffers_of
+        self.buckets = [bucket for number in range(len(groups)) for bucket in self._buckets_of(number)]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters, in the order of groups."""
+        return [p for group in self.groups for p in group["params"]]
+
+    def group_of(self, bucket: Bucket) -> dict[str, Any]:
+        """The parameter group that a bucket is of."""
+        return self.groups[bucket.group]
+
+    def state_of(self, bucket: Bucket, i: int) -> dict[str, Any]:
+        """The state of a bucket's i-th parameter; zeros, not yet entered in `state`, before its first step."""
+        param, count = bucket.params[i], bucket.counts[i]
+        if state := self.state.get(param):
+            if state["step"] is not count:  # somebody put another one there
+                state["step"] = count.copy_(state["step"])
+            return state
+        count.zero_()  # of a state that was thrown away
+        zeros = {
+            name: torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+            for name in self._buffers_of(self.group_of(bucket))
+        }
+        # Views of the bucket's: a layer's numbers travel with its parameters.
+        return {"step": count, **zeros, "layer": bucket.table[bucket.row[i]]}
+
+    def _buckets_of(self, number: int) -> Iterator[Bucket]:
+        group = self.groups[number]
         devices: dict[torch.device, list[int]] = {}
         home: dict[str, torch.device] = {}
         for i, (param, layer) in enumerate(zip(group["params"], group["layer_names"], strict=True)):
@@ -215,9 +269,8 @@ def make_buckets(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict
             steps = torch.zeros(len(params), dtype=torch.float32, device=device)
             counts = list(steps.unbind())
             for i, (param, r) in enumerate(zip(params, row, strict=True)):
-                if param in state and "layer" in state[param]:
-                    table[r] = state[param]["layer"]
-                    counts[i].copy_(state[param]["step"])
-                    state[param] |= {"layer": table[r], "step": counts[i]}
-            buckets.append(Bucket(number, params, row, list(rows), table, steps, counts))
-    return buckets
+                if param in self.state and "layer" in self.state[param]:
+                    table[r] = self.state[param]["layer"]
+                    counts[i].copy_(self.state[param]["step"])
+                    self.state[param] |= {"layer": table[r], "step": counts[i]}
+            yield Bucket(number, params, row, list(rows), table, steps, counts)

@@ -12,13 +12,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lwas_fast import averaging, backends, checkpoint, fused_rates, groups, measure, options, rates
-from lwas_fast.curvature import Here
-from lwas_fast.layers import Bucket, LayerRule, Selection, make_buckets, state_dtype
-from lwas_fast.measure import Measured
-from lwas_fast.profiling import span
-from lwas_fast.rates import Column
-from lwas_fast.update import Moving, Scaling, step_selection
+from lwas_fast import groups, measure, options, rates, state, update
+from lwas_fast.layers import LayerRule, Layout, check_dense
+from lwas_fast.rule import Rule, Scaling
+from lwas_fast.table import COUNTERS, Column
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -39,41 +36,27 @@ class LayerwiseOptimizer(Optimizer):
     Keyword Args:
         update_every (int | None): Steps from one refresh to the next (the paper's T). Default: a tenth of the steps
             since warm-up, but at least 10 and at most 100.
-        curvature (str): ``"signs"`` (default; one product, unbiased), ``"joint"`` (one product, with cross terms),
-            ``"blocks"`` (exact, one product a layer).
-        probe (str): Direction measured: ``"gradient"`` (default; the one this gradient gives alone) or ``"update"``
-            (with momentum).
+        curvature (str): ``"signs"`` (default; one product, unbiased) or ``"blocks"`` (exact, one product a layer).
         hvp (str): ``"autograd"`` (default) or ``"finite_difference"``. ``step(closure)`` uses the latter anyway.
-        rate_horizon (float | None): Steps over which rates are averaged; 0: no averaging. Default: 100, and at least 5
-            refreshes.
-        max_growth (float): Most that a measured rate may exceed the present one, as a factor. Default 10.
         warmup_steps (int): Steps without measurement, at ``warmup_rate``. Default 0.
-        damping (float): Added to the curvature, times the squared norm of the direction. Default 0.
-        negative_curvature (str): ``"abs"`` (default; its size is the scale) or ``"skip"`` (no refresh).
-        self_concordance (float): M of the closed form. Default 2.
         maximize (bool): Ascend. Default False.
-        foreach (bool | None): False updates one layer at a time, with less temporary memory. Default: all at once.
+        foreach (bool | None): Given at all, plain torch takes the place of compiled code; True and False do the same.
         fused (bool | None): True insists on a compiled update. Default: used where there is one.
         seed (int): Of the signs that ``"signs"`` draws; equal on all replicas of a distributed run. Default 0.
 
     Raises:
-        TypeError: An unknown keyword, or a parameter that is no tensor.
+        TypeError: An unknown keyword, an option of an earlier version, or a parameter that is no tensor.
         ValueError: A hyperparameter out of range; a sparse or complex parameter; an impossible ``layers=``.
     """
 
-    _buffers: tuple[str, ...]  # names of the state tensors shaped like the parameter, with momentum
-    _free_buffers: tuple[str, ...]  # and schedule-free
-    _by_mode: dict[str, tuple[Any, Any]]  # options' defaults that differ: schedule-free, with momentum
+    rule: Rule  # the subclass's formulae
     _step_supports_amp_scaling = True  # GradScaler: sets grad_scale and found_inf instead of waiting for the device
-    _average: str  # which of them is the average of the gradient
-    _decoupled: bool  # whether weight decay acts on the weights rather than through the gradient
 
     def __init__(self, params: ParamsT, own: dict[str, Any], layers: LayerRule, common: options.Common):
-        if unknown := set(common) - set(options.DEFAULTS):
-            raise TypeError(f"{type(self).__name__} has no keyword {sorted(unknown)[0]!r}")
+        options.check_names(common, options.DEFAULTS, self.rule.name)
         chosen: dict[str, Any] = {**own, **options.DEFAULTS, **common}
         options.check(chosen)
-        self._whole = {name: chosen.pop(name) for name in options.WHOLE}
+        self._how = {name: chosen.pop(name) for name in options.WHOLE}
         self._layer_rule = layers
         self._reset()
         super().__init__(params, chosen)
@@ -85,15 +68,12 @@ class LayerwiseOptimizer(Optimizer):
         self._close_window()
 
     def _forget_layout(self) -> None:
-        self._layout: list[Bucket] | None = None
-        self._plans: fused_rates.Plans = {}
+        self._known_layout: Layout | None = None
+        self._plans: rates.Plans = {}
 
     def _close_window(self) -> None:
-        self._micro_batches = 0
-        self._complete = False
-        self._measured: Measured | None = None
-
-    # ---- layers -------------------------------------------------------------------------------------------------
+        self._window = measure.Window()
+        self._measured: rates.Measured | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, also in mid-training; its first refresh comes with the next `backward`.
@@ -105,24 +85,31 @@ class LayerwiseOptimizer(Optimizer):
             TypeError: No dictionary, or a parameter that is no tensor.
             ValueError: See the class.
         """
-        group = groups.prepare(param_group, self.param_groups, self.defaults, self._by_mode, self._layer_rule)
+        group = groups.prepare(param_group, self.param_groups, self.defaults, self._layer_rule, self.rule.name)
+        update.check_fused({**self.defaults, **group})
         super().add_param_group(group)
         self._forget_layout()
         self._measured = None
 
     @property
-    def _buckets(self) -> list[Bucket]:
-        if self._layout is None:  # late: a model may move to its device after the optimizer was made
-            self._layout = make_buckets(self.param_groups, self.state)
-        return self._layout
+    def _layout(self) -> Layout:
+        # Late: a model may move to its device after the optimizer was made.
+        if self._known_layout is None or self._known_layout.state is not self.state:
+            self._known_layout = Layout(self.param_groups, self.state, self.rule.buffers)
+        return self._known_layout
 
-    def _due(self, group: dict[str, Any]) -> bool:
-        return group["steps"] >= group["next_refresh"] and any(p.requires_grad for p in group["params"])
+    @property
+    def _subject(self) -> measure.Subject:
+        return measure.Subject(self._layout, self.rule, self._how)
+
+    @property
+    def _due(self) -> list[int]:
+        return [number for number, group in enumerate(self.param_groups) if rates.is_due(group)]
 
     @property
     def curvature_due(self) -> bool:
         """Whether the next `backward` or `step(closure)` measures the curvature."""
-        return any(map(self._due, self.param_groups))
+        return bool(self._due)
 
     def rates(self) -> dict[str, float]:
         """Each layer's present rate, as measured (`diagnostics` tells what was applied: after gain, cap, `lr`, ramp).
@@ -130,7 +117,7 @@ class LayerwiseOptimizer(Optimizer):
         Reads from the device, and so waits for it.
         """
         found: dict[str, float] = {}
-        for bucket in self._buckets:
+        for bucket in self._layout.buckets:
             now = rates.current(bucket.table, self.param_groups[bucket.group]["warmup_rate"])
             found.update(zip(bucket.names, now.tolist(), strict=True))
         return found
@@ -147,13 +134,11 @@ class LayerwiseOptimizer(Optimizer):
         shown = [column for column in Column if column >= Column.DESCENT]
         now = self.rates()
         found: dict[str, dict[str, float]] = {}
-        for bucket in self._buckets:
+        for bucket in self._layout.buckets:
             for name, row in zip(bucket.names, bucket.table.tolist(), strict=True):
-                found[name] = {"rate": now[name]} | {column.name.lower(): row[column] for column in shown}
-                found[name] |= {c.name.lower(): int(row[c]) for c in shown if Column.REFRESHES <= c <= Column.SKIPPED}
+                numbers = {c.name.lower(): int(row[c]) if c in COUNTERS else row[c] for c in shown}
+                found[name] = {"rate": now[name], **numbers}
         return found
-
-    # ---- the average ---------------------------------------------------------------------------------------------
 
     def eval(self) -> None:
         """Put the average of the iterates into the parameters: before evaluating the model, and before saving it.
@@ -163,7 +148,7 @@ class LayerwiseOptimizer(Optimizer):
         evaluated (``torch.optim.swa_utils.update_bn``). With ``schedule_free=False`` parameters stay as they are, but
         training on asks for `train` all the same.
         """
-        averaging.swap(self, training=False)
+        update.swap(self.param_groups, self.state, self.rule, training=False)
 
     def train(self, mode: bool = True) -> None:
         """Put the weights to train on back into the parameters, after `eval`.
@@ -171,9 +156,7 @@ class LayerwiseOptimizer(Optimizer):
         Args:
             mode: False does what `eval` does.
         """
-        averaging.swap(self, training=mode)
-
-    # ---- backward -----------------------------------------------------------------------------------------------
+        update.swap(self.param_groups, self.state, self.rule, training=mode)
 
     def backward(
         self,
@@ -208,25 +191,25 @@ class LayerwiseOptimizer(Optimizer):
             CurvatureError: The curvature cannot be had; names the operation and the way out.
             RuntimeError: `backward` was called twice without `step` or `zero_grad`, or after `eval`.
         """
-        averaging.check_training(self)
-        if self._complete and any(p.grad is not None for g in self.param_groups for p in g["params"]):
+        update.check_training(self.param_groups)
+        if self._window.complete and any(p.grad is not None for g in self.param_groups for p in g["params"]):
             raise RuntimeError(
                 "opt.backward() was called twice without opt.step() or opt.zero_grad() between. To accumulate "
                 "gradients, pass last=False for every micro-batch but the last; to add losses, call it on their sum."
             )
-        if self._complete:  # gradients were dropped behind our back (model.zero_grad(), GradScaler): a new window
+        if self._window.complete:  # gradients were dropped behind our back (model.zero_grad(), GradScaler)
             self._close_window()
-        value = measure.backward(self, loss, last and self.curvature_due, scaler, ddp)
-        self._micro_batches += 1
-        self._complete = last
+        value, found = measure.backward(self._subject, loss, self._due if last else [], self._window, scaler, ddp)
+        if found is not None:
+            self._measured = rates.refreshed(found, self.param_groups, self._plans)
+        self._window.micro_batches += 1
+        self._window.complete = last
         return value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, as in torch, and whatever `backward` measured on them."""
         self._close_window()
         super().zero_grad(set_to_none)
-
-    # ---- step ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -245,156 +228,73 @@ class LayerwiseOptimizer(Optimizer):
             RuntimeError: ``fused=True``, and the compiled update cannot serve; or `eval` was called, but not `train`.
                 Nothing has been updated.
         """
-        averaging.check_training(self)
-        value = None if closure is None else measure.run_closure(self, closure)
-        averaging.check_training(self)  # the closure may have called eval()
-        groups.check_dense(self.param_groups, attrgetter("grad"))
-        moving = []
-        for bucket in self._buckets:
-            if present := [i for i, p in enumerate(bucket.params) if p.grad is not None]:
-                group = self.param_groups[bucket.group]
-                averaging.check_state(self, group, bucket.params[present[0]])
-                moving.append((bucket, group, present, backends.update_implementation(group, bucket)))
+        update.check_training(self.param_groups)
+        value = None if closure is None else self._evaluate(closure)
+        update.check_training(self.param_groups)  # the closure may have called eval()
+        check_dense(self.param_groups, attrgetter("grad"))
+        parts = update.prepare(self._layout, self.rule)
         if self._measured is None:
             self._warn_if_overdue()
         else:
-            self._take_in(self._measured)
-        averaging.follow(self, {bucket.group for bucket, *_ in moving})
-        with span("update"):
-            for bucket, group, present, implementation in moving:
-                self._update(bucket, group, present, implementation)
-        for number in {bucket.group for bucket, *_ in moving}:
-            self.param_groups[number]["steps"] += 1
+            measured, self._measured = self._measured, None  # once, even if the update fails
+            rates.take_in(measured, self.param_groups)
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        update.run(self._layout, self.rule, parts, scaling)
         self._close_window()
         return value
 
-    def _take_in(self, measured: Measured) -> None:
-        self._measured = None  # once, even if the update fails
-        for probe, rows in measured.rows:
-            probe.bucket.table[probe.selection.rows] = rows
-        measured_groups = {probe.bucket.group for probe, _ in measured.rows}
-        for number in measured.groups:
-            group = self.param_groups[number]
-            if number in measured_groups:
-                group["last_refresh"] = group["steps"]
-                group["next_refresh"] = group["steps"] + rates.interval(group)
-            else:  # nothing of it had a gradient: due again once it has taken a step
-                group["next_refresh"] = group["steps"] + 1
-
-    def _update(self, bucket: Bucket, group: dict[str, Any], present: list[int], implementation: str) -> None:
-        if implementation == "single":
-            parts = [[i for i in present if bucket.row[i] == row] for row in sorted({bucket.row[i] for i in present})]
-        else:
-            parts = [present]
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        for part in parts:
-            selection = bucket.select(part)
-            states = [self._state_of(bucket, i) for i in selection.indices]
-            for param, state in zip(selection.params, states, strict=True):
-                self.state[param] = state
-            if implementation == "fused":
-                self._fused(bucket, selection, group, states, scaling)
-            else:
-                step_selection(
-                    bucket, selection, group, states, scaling, self._advance, self._decoupled, self._decay(group)
-                )
-
-    def _buffers_of(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._free_buffers if group["schedule_free"] else self._buffers
-
-    def _state_of(self, bucket: Bucket, i: int) -> dict[str, Any]:
-        """The state of a bucket's i-th parameter; zeros, not yet entered in `state`, before its first step."""
-        param, count = bucket.params[i], bucket.counts[i]
-        if state := self.state.get(param):
-            if state["step"] is not count:  # somebody put another one there
-                state["step"] = count.copy_(state["step"])
-            return state  # type: ignore[no-any-return]
-        count.zero_()  # of a state that was thrown away
-        zeros = {
-            name: torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
-            for name in self._buffers_of(self.param_groups[bucket.group])
-        }
-        # Views of the bucket's: a layer's numbers travel with its parameters.
-        return {"step": count, **zeros, "layer": bucket.table[bucket.row[i]]}
+    def _evaluate(self, closure: Callable[[], Tensor]) -> Tensor:
+        due = self._due
+        replay = measure.Replay(self._layout.params) if due else None
+        value = measure.evaluate(closure)
+        if replay is not None and self._measured is None:  # the closure may have called opt.backward, which measures
+            found = measure.again(self._subject, closure, value, replay, due)
+            self._measured = rates.refreshed(found, self.param_groups, self._plans)
+        return value
 
     def _warn_if_overdue(self) -> None:
-        late = [g for g in self.param_groups if self._due(g) and g["steps"] >= g["next_refresh"] + rates.interval(g)]
-        if late and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__} has taken {late[0]['steps'] - late[0]['next_refresh']} steps since a "
-                "refresh of its rates was due. Call opt.backward(loss) instead of loss.backward(), or "
-                "opt.step(closure).",
-                stacklevel=3,
-            )
+        if self._warned or not (late := max(map(rates.overdue, self.param_groups), default=0)):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{type(self).__name__} has taken {late} steps since a refresh of its rates was due. Call "
+            "opt.backward(loss) instead of loss.backward(), or opt.step(closure).",
+            stacklevel=3,
+        )
 
-    # ---- the optimizers' own formulae ---------------------------------------------------------------------------
-
-    def _decay(self, group: dict[str, Any]) -> float:
-        """The decay of the gradient's average, or the average's share in schedule-free weights."""
-        raise NotImplementedError
-
-    def _directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
-        """Give what a measurement goes along, changing nothing.
-
-        Args:
-            group: The hyperparameters.
-            here: The tensors that have a gradient.
-
-        Returns:
-            The gradients with L2 (None where they are minus the directions without their signs), and the directions.
-        """
-        raise NotImplementedError
-
-    def _advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
-        """Update the states in place and return the directions to step along."""
-        raise NotImplementedError
-
-    def _fused(
-        self,
-        bucket: Bucket,
-        selection: Selection,
-        group: dict[str, Any],
-        states: list[dict[str, Any]],
-        scaling: Scaling,
-    ) -> None:
-        """Take a whole step in compiled code."""
-        raise NotImplementedError
-
-    # ---- saving and restoring -----------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Give what `load_state_dict` takes: torch's, each group with a version and its statistics' names."""
+        found = super().state_dict()
+        return {**found, "param_groups": state.labelled(found["param_groups"])}
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep; a ``layers=`` rule has done its work and may not be picklable."""
-        return {**super().__getstate__(), "_whole": self._whole, "_layer_rule": None}
+        kept = super().__getstate__()
+        groups = state.labelled(kept["param_groups"])
+        return {**kept, "param_groups": groups, "_how": self._how, "_layer_rule": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, values: dict[str, Any]) -> None:
         """Restore from pickle, deepcopy or `load_state_dict`; options that an old state lacks get their defaults."""
         loading = self.__dict__.get("_loading")
-        super().__setstate__(state)
-        self.defaults.setdefault("schedule_free", False)
-        for group in self.param_groups:
-            group.setdefault("schedule_free", False)  # of a version that knew nothing else
-            for name in options.RULES.keys() & self.defaults.keys():  # torch's __setstate__ adds defaults of its own
-                group.setdefault(name, self.defaults[name])
-            groups.fill_by_mode(group, self.defaults, self._by_mode)
-            for name, value in (("last_refresh", None), ("train_mode", True), ("share", None)):
-                group.setdefault(name, value)
+        super().__setstate__(values)
         if loading is not None:
-            checkpoint.fit_state(self.param_groups, self.state, loading)
+            state.fit(self.param_groups, self.state, loading)
+        state.upgrade(self.param_groups, self.state, self.defaults)
         self._reset()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, onto any device and parameter dtype, state kept in its own precision.
 
         Args:
-            state_dict: From an optimizer of this class with the same groups and layers.
+            state_dict: From an optimizer of this class with the same groups and layers, of this or an earlier version.
 
         Raises:
             ValueError: It does not fit; names the parameter or layer. Nothing has been changed.
         """
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            self._loading = checkpoint.checked(self, loaded)
+            state.check(self.rule, self.param_groups, loaded)
+            self._loading = loaded
 
         handle = self.register_load_state_dict_pre_hook(check)  # last of the hooks: sees what will be loaded
         try:
@@ -402,3 +302,8 @@ class LayerwiseOptimizer(Optimizer):
         finally:
             handle.remove()
             self._loading = None
+        if lost := state.lost_options(state_dict):
+            warnings.warn(
+                f"the saved state was trained with {', '.join(lost)}: options that are gone. Training goes on without",
+                stacklevel=2,
+            )

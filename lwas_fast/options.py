@@ -1,12 +1,16 @@
-"""Hyperparameters: which there are, what they may be, and the errors when they are not."""
+"""Hyperparameters: which there are, what they may be, what became of old ones, and the errors that say so."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
-ESTIMATORS = ("signs", "joint", "blocks")
+# What the method has one value for.
+SELF_CONCORDANCE = 2.0  # M of the closed form
+MAX_GROWTH = 10.0  # most that a measured rate may exceed the present one, as a factor
+
+ESTIMATORS = ("signs", "blocks")
 HVP_MODES = ("autograd", "finite_difference")
 
 
@@ -15,14 +19,8 @@ class Common(TypedDict, total=False):
 
     update_every: int | None
     curvature: str
-    probe: str
     hvp: str
-    rate_horizon: float | None
-    max_growth: float
     warmup_steps: int
-    damping: float
-    negative_curvature: str
-    self_concordance: float
     maximize: bool
     foreach: bool | None
     fused: bool | None
@@ -32,14 +30,8 @@ class Common(TypedDict, total=False):
 DEFAULTS: Common = {
     "update_every": None,
     "curvature": "signs",
-    "probe": "gradient",
     "hvp": "autograd",
-    "rate_horizon": None,
-    "max_growth": 10.0,
     "warmup_steps": 0,
-    "damping": 0.0,
-    "negative_curvature": "abs",
-    "self_concordance": 2.0,
     "maximize": False,
     "foreach": None,
     "fused": None,
@@ -47,6 +39,17 @@ DEFAULTS: Common = {
 }
 # One pass measures every group, so these cannot differ between groups.
 WHOLE = ("curvature", "hvp", "seed")
+
+# Options of earlier versions -> (the value that the method has now, what to say to those who pass one).
+REMOVED: dict[str, tuple[Any, str]] = {
+    "noise_exponent": (0.0, "rates are no longer scaled by the share of signal in the gradient"),
+    "probe": ("gradient", "curvature is always measured along the direction that the gradient alone gives"),
+    "self_concordance": (SELF_CONCORDANCE, f"the closed form has M = {SELF_CONCORDANCE:g}"),
+    "negative_curvature": ("abs", "the size of negative curvature is taken"),
+    "damping": (0.0, "nothing is added to the curvature but weight decay"),
+    "rate_horizon": (None, "rates are averaged over 100 steps, and at least 5 measurements"),
+    "max_growth": (MAX_GROWTH, f"a measured rate counts with at most {MAX_GROWTH:g} times the present one"),
+}
 
 
 def _number(low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> Any:
@@ -94,17 +97,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eps": _number(0, math.inf, open_low=True, open_high=True),
     "weight_decay": _number(0, math.inf, open_high=True),
     "update_every": _or_none(_integer(1)),
-    "probe": _one_of("gradient", "update"),
-    "rate_horizon": _or_none(_number(0, math.inf, open_high=True)),
-    "noise_exponent": _or_none(_number(0, math.inf, open_high=True)),
     "cap": _or_none(_number(0, open_low=True)),
-    "max_growth": _number(1, open_low=True),
     "warmup_steps": _integer(0),
     "warmup_rate": _number(0, math.inf, open_high=True),
     "ramp_steps": _integer(0),
-    "damping": _number(0, math.inf, open_high=True),
-    "negative_curvature": _one_of("abs", "skip"),
-    "self_concordance": _number(0, math.inf, open_high=True),
     "schedule_free": _one_of(True, False),
     "maximize": _one_of(True, False),
     "foreach": _one_of(None, True, False),
@@ -115,27 +111,37 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check(options: dict[str, Any], where: str = "") -> None:
-    """Check hyperparameters.
+def check_names(names: Iterable[str], known: Iterable[str], optimizer: str) -> None:
+    """Refuse keywords that an optimizer does not have, or has no longer.
 
-    Args:
-        options: Names to values; names that are no hyperparameters are left alone.
-        where: Which group they belong to, for the message.
+    In a parameter group, where `known` is empty, others than `REMOVED` pass, as in torch.
 
     Raises:
+        TypeError: Names the keyword and, of a removed one, what became of it.
+    """
+    for name in sorted(set(names) - set(known)):
+        if name in REMOVED:
+            raise TypeError(f"{optimizer} has no option {name!r} any more: {REMOVED[name][1]}. Leave it out")
+        if known:
+            raise TypeError(f"{optimizer} has no keyword {name!r}")
+
+
+def check(options: dict[str, Any], where: str = "") -> None:
+    """Check hyperparameters, names to values; other names are left alone. `where` goes into the message.
+
+    Raises:
+        TypeError: ``curvature="joint"``, which earlier versions had.
         ValueError: A value is out of range; the message names the option, the value and what is allowed.
     """
+    if options.get("curvature") == "joint":
+        raise TypeError(
+            'curvature="joint" is gone: with the terms between layers it trained worse than "signs", which costs the '
+            'same. Leave it out, or take "blocks" (exact, one product a layer)'
+        )
     for name, value in options.items():
         if name in RULES:
             valid, allowed = RULES[name]
             if not valid(value):
                 raise ValueError(f"{name}={value!r}{where} is not valid: it must be {allowed}")
-    if options.get("schedule_free"):
-        for name, without in (("probe", "gradient"), ("noise_exponent", 0)):
-            if options.get(name) not in (None, without):
-                raise ValueError(
-                    f"{name}={options[name]!r}{where} needs momentum, which a schedule-free optimizer does not have: "
-                    f"pass schedule_free=False, or {name}={without!r}"
-                )
     if options.get("fused") and options.get("foreach"):
         raise ValueError(f"fused=True and foreach=True{where} exclude each other: leave one of them out")

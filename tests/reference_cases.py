@@ -6,14 +6,12 @@ import itertools
 import math
 
 import torch
+from reference import ReferenceAdamWLW, ReferenceSGDLW
 from torch.nn.functional import softplus
-
-from lwas_fast.reference import ReferenceAdamWLW, ReferenceSGDLW
 
 METHODS = [ReferenceSGDLW, ReferenceAdamWLW]
 # Nothing but the closed form: the rate is t, nothing bounds it, and it is what is applied.
 PLAIN = {
-    "noise_exponent": 0.0,
     "rate_horizon": 0.0,
     "cap": math.inf,
     "max_growth": math.inf,

@@ -93,7 +93,7 @@ def test_zero_gradients_move_nothing(info, row):
         opt.step()
     assert_equal(problem.params, before)
     assert all(
-        s[name].count_nonzero() == 0 for s in opt.state.values() for name in opt._buffers_of(opt.param_groups[0])
+        s[name].count_nonzero() == 0 for s in opt.state.values() for name in opt.rule.buffers(opt.param_groups[0])
     )
     assert all(row["nonfinite"] == 0 for row in opt.diagnostics().values())
     opt.load_state_dict(opt.state_dict())
@@ -182,7 +182,7 @@ def test_mixed_dtypes_in_one_group(info, row, rule):
         for p, dtype, old in zip(problem.params, dtypes.values(), start, strict=True):
             assert p.dtype == dtype
             wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-            assert all(opt.state[p][name].dtype == wide for name in opt._buffers_of(opt.param_groups[0]))
+            assert all(opt.state[p][name].dtype == wide for name in opt.rule.buffers(opt.param_groups[0]))
             assert not torch.equal(p, old)
         return problem.params
 

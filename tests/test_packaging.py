@@ -1,7 +1,8 @@
-"""What gets installed is whole: the kernels' folder behind its link, the marker of types, the version.
+"""What gets installed is whole: the kernels from the top of the repository, the marker of types, the version.
 
-Catches: a wheel without ``lwas_fast.triton_kernels`` (a package found through a link), an installed package
-that only imports inside the repository, or one that imports Triton without need.
+Catches: a wheel without ``lwas_fast.triton_kernels``, an installed package that only imports inside the repository, a
+clone that runs another clone's kernels, a package that imports Triton without need. `make package` builds, installs and
+trains in earnest.
 """
 
 from __future__ import annotations
@@ -31,15 +32,18 @@ def run(*command: object, **options: object) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built with this environment's own setuptools, from a copy: a build leaves its traces behind.
-
-    Without the extension, which takes a while to compile; the environment's own installation has it.
-    """
-    folder = tmp_path_factory.mktemp("wheel")
+def copy(folder: Path) -> Path:
+    """A second clone, as good as fresh: a build leaves its traces behind."""
     unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=unwanted)
+    return folder / "source"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built with this environment's own setuptools, without the extension, which takes a while to compile."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy(folder)
     command = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder / "source"]
     run(*command, env=os.environ | {"LWAS_FAST_BUILD": "none"})
     (file,) = folder.glob("*.whl")
@@ -49,7 +53,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {"lwas_fast/py.typed"}
-    expected |= {f"lwas_fast/{file.name}" for file in (ROOT / "lwas_fast").glob("*.py")}
+    expected |= {file.relative_to(ROOT).as_posix() for file in (ROOT / "lwas_fast").rglob("*.py")}
     expected |= {f"lwas_fast/triton_kernels/{file.name}" for file in (ROOT / "triton_kernels").glob("*.py")}
     assert names == expected
     assert "lwas_fast/triton_kernels/__init__.py" in names
@@ -63,16 +67,30 @@ def test_installed_wheel_imports_away_from_the_repository(wheel: Path, tmp_path:
     assert [Path(line).is_relative_to(site) for line in done.split()] == [True, True]
 
 
-def test_source_distribution_has_what_the_extension_is_built_from(tmp_path: Path) -> None:
-    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so")
-    shutil.copytree(ROOT, tmp_path / "source", symlinks=True, ignore=unwanted)
+def test_every_clone_runs_its_own_kernels(tmp_path: Path) -> None:
+    """The environment may have an editable install of this clone, whose finder knows this clone's folder only."""
+    code = "import lwas_fast, lwas_fast.triton_kernels as k; print(lwas_fast.__file__, k.__file__, sep='\\n')"
+    done = run(sys.executable, "-c", code, cwd=copy(tmp_path))
+    assert [Path(line).is_relative_to(tmp_path) for line in done.split()] == [True, True]
+
+
+def test_source_distribution_has_what_is_needed_to_build_and_nothing_half(tmp_path: Path) -> None:
     code = "import setuptools.build_meta as b; b.build_sdist('dist')"
-    run(sys.executable, "-c", code, cwd=tmp_path / "source", env=os.environ | {"LWAS_FAST_BUILD": "none"})
+    run(sys.executable, "-c", code, cwd=copy(tmp_path), env=os.environ | {"LWAS_FAST_BUILD": "none"})
     (file,) = (tmp_path / "source" / "dist").glob("*.tar.gz")
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()} <= names
-    assert {"setup.py", "triton_kernels/__init__.py", "LICENSE"} <= names
+    assert {"setup.py", "triton_kernels/__init__.py", "lwas_fast/py.typed", "LICENSE"} <= names
+    assert not [name for name in names if name.startswith("tests")]  # they need bench, examples and docs as well
+
+
+def test_old_setuptools_is_told_what_is_needed() -> None:
+    code = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; runpy.run_path('setup.py')"
+    env = os.environ | {"LWAS_FAST_BUILD": "none"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "this is 65.5.0: pip install 'setuptools>=77'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -108,9 +126,9 @@ def test_version_is_the_same_everywhere(wheel: Path) -> None:
 def test_triton_is_looked_for_only_when_asked(triton: str, expected: str) -> None:
     code = f"""
 import sys, types
-import lwas_fast, lwas_fast.triton_kernels as kernels
+from lwas_fast.rates import launch
 sys.modules["triton"] = {triton}  # only now: the import above did not need it
-print(kernels.triton_version())
+print(launch.triton_version())
 """
     assert run(sys.executable, "-c", code, cwd=ROOT).strip() == expected
 

@@ -12,9 +12,8 @@ import math
 
 import pytest
 import torch
+from reference import EVENTS, ReferenceAdamWLW, ReferenceSGDLW
 from reference_cases import METHODS, PLAIN, close, tiny_net, vec
-
-from lwas_fast.reference import EVENTS, ReferenceAdamWLW, ReferenceSGDLW
 
 # --- everything around the closed form ----------------------------------------------------
 
@@ -95,10 +94,9 @@ def test_warm_up_ramp_schedule_and_lr():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("probe", ["gradient", "update"])
-def test_maximize_is_minimising_the_negative(method, probe):
+def test_maximize_is_minimising_the_negative(method):
     loss, W, _ = tiny_net((3, 4, 2), 4)
-    up, down = (method(W, maximize=m, update_every=2, probe=probe) for m in (True, False))
+    up, down = (method(W, maximize=m, update_every=2) for m in (True, False))
     for k in range(6):
         z, clipped = [1.0, (-1.0) ** k], [0.5 * torch.ones_like(w) for w in W]
         up.step(loss, z, clipped if k == 3 else None)
@@ -134,7 +132,7 @@ def test_nan_gradient_leaves_its_elements_alone(method):
 
     ref = method([vec(1, 2), vec(3, 4)], weight_decay=0.1, update_every=1, curvature="blocks", schedule_free=False)
     ref.step(loss)
-    frozen = [x[0] for x in (ref.m, ref.v, ref.n, ref.S, ref.R, ref.E, ref.w, ref.last)]
+    frozen = [x[0] for x in (ref.m, ref.v, ref.n, ref.E, ref.w, ref.last)]
     before = [w.clone() for w in ref.W]
     # A gradient spoilt by the clipping's own overflow: that element stops, the measurement was fine.
     ref.step(loss, gradient=[vec(math.nan, 1), vec(1, 1)])
@@ -157,9 +155,9 @@ def test_nan_gradient_leaves_its_elements_alone(method):
     assert fired(ref)["skipped"] == 2
     assert ref.events[0]["refreshes"] == 3
     # A loss that is NaN in one layer: nothing measured there either, the other layer goes on.
-    frozen = [x[0] for x in (ref.S, ref.R, ref.E, ref.w, ref.last)]
+    frozen = [x[0] for x in (ref.E, ref.w, ref.last)]
     ref.step(lambda W: loss(W) + (W[0] * math.inf * 0).sum())
-    assert [x[0] for x in (ref.S, ref.R, ref.E, ref.w, ref.last)] == frozen
+    assert [x[0] for x in (ref.E, ref.w, ref.last)] == frozen
     assert torch.equal(ref.W[0], before[0])
     assert (ref.events[0]["nonfinite"], ref.events[0]["skipped"], ref.events[0]["refreshes"]) == (1, 3, 3)
     assert (ref.events[1]["nonfinite"], ref.events[1]["skipped"], ref.events[1]["refreshes"]) == (0, 0, 4)
@@ -177,15 +175,6 @@ def test_negative_curvature():
     ref = ReferenceSGDLW([vec(1)], **PLAIN | {"weight_decay": 2.0})
     ref.step(lambda W: -(W[0] @ W[0]) / 2)
     assert ref.rate == pytest.approx([1 / (math.sqrt(3) * (math.sqrt(3) + 1))])
-    ref = ReferenceSGDLW([vec(1)], **PLAIN | {"negative_curvature": "skip", "damping": 100.0})
-    ref.step(lambda W: -(W[0] @ W[0]))
-    assert ref.rate == [0.01]
-    assert math.isnan(ref.last[0]["descent"])
-    assert fired(ref) == {"negative": 1}
-    ref.step(lambda W: -W[0].sum())  # c = 0 is skipped too, and is not negative
-    assert fired(ref) == {"negative": 1}
-    ref.step(lambda W: W[0] @ W[0])
-    assert fired(ref) == {"negative": 1, "refreshes": 1}
 
 
 def test_no_curvature_and_no_gradient():
@@ -194,23 +183,10 @@ def test_no_curvature_and_no_gradient():
     assert fired(ref) == {"nonfinite": 1}
     ref.step(lambda W: 0 * W[0] @ W[0])  # ρ = 0: 0/0, but what is missing is descent
     assert fired(ref) == {"nonfinite": 1, "nondescent": 1}
-    ref = ReferenceSGDLW([vec(1)], **PLAIN | {"damping": 1.0})
-    ref.step(lambda W: W[0].sum())  # g = 1, c = 0, δ² = 0 + 1·1: t = ½
+    ref = ReferenceAdamWLW([vec(1)], **PLAIN | {"weight_decay": 1.0, "eps": 0.0})
+    ref.step(lambda W: W[0].sum())  # g = q = 1, c = 0, δ² = 0 + 1·1: t = ½
     assert ref.rate == [0.5]
     assert fired(ref) == {"refreshes": 1}
-
-
-def test_update_probe_that_does_not_descend():
-    ref = ReferenceSGDLW([vec(1)], **PLAIN | {"probe": "update", "cap": 1e-9})
-    ref.step(lambda W: W[0].sum() + W[0] @ W[0])
-    rate = ref.rate
-    ref.step(lambda W: -0.1 * W[0].sum())  # the momentum still says the other way
-    assert fired(ref) == {"nondescent": 1, "refreshes": 1, "capped": 2}
-    assert ref.rate == rate
-    ref = ReferenceSGDLW([vec(1)], **PLAIN | {"cap": 1e-9})  # minus the gradient always does
-    ref.step(lambda W: W[0].sum() + W[0] @ W[0])
-    ref.step(lambda W: -0.1 * W[0].sum() + 1e-3 * W[0] @ W[0])
-    assert fired(ref) == {"refreshes": 2, "capped": 2}
 
 
 def test_growth_is_limited_to_a_multiple_of_the_rate():

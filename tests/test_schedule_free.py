@@ -14,8 +14,9 @@ import pytest
 import torch
 from cases import OPTIMIZERS, REFERENCES, batches, layer_vectors, loss_of, loss_of_vectors, small_net, train
 
-from lwas_fast import SGDLW, AdamWLW, backends
-from lwas_fast.curvature import draw_signs
+from lwas_fast import SGDLW, AdamWLW
+from lwas_fast.measure.probes import draw_signs
+from lwas_fast.update import extension
 
 EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
 FIXED = {"warmup_steps": 10**9, "warmup_rate": 0.05, "ramp_steps": 0, "cap": math.inf}
@@ -150,10 +151,7 @@ def test_groups_may_differ_and_have_the_defaults_of_their_own_mode():
         {"params": list(model[2].named_parameters(prefix="2")), "schedule_free": False},
     ]
     opt = SGDLW(groups)
-    assert [[g[name] for name in ("cap", "noise_exponent")] for g in opt.param_groups] == [
-        [0.15, 0.0],
-        [0.03, 0.125],
-    ]
+    assert [opt.rule.cap(g) for g in opt.param_groups] == [0.15, 0.03]
     train(opt, model, batches(5))
     assert ["offset" in opt.state[p] for p in model[:3].parameters()] == [True, True, False, False]
     first, second = model[0].weight.clone(), model[2].weight.clone()
@@ -162,7 +160,8 @@ def test_groups_may_differ_and_have_the_defaults_of_their_own_mode():
     assert torch.equal(model[2].weight, second)
     opt.train()
     free = {"params": list(model[4].named_parameters(prefix="4")), "schedule_free": True}
-    assert SGDLW([free], schedule_free=False).param_groups[0]["noise_exponent"] == 0
+    late = SGDLW([free], schedule_free=False)
+    assert late.rule.cap(late.param_groups[0]) == 0.15
 
 
 def test_a_group_added_while_the_average_is_in_waits_for_train_too():
@@ -181,8 +180,8 @@ def test_a_group_added_while_the_average_is_in_waits_for_train_too():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_the_average_goes_where_the_weights_go(kind, dtype, fused):
     """Moves below the type's spacing are lost to the weights: they must not pile up in the state."""
-    if fused and backends.EXTENSION is None:
-        pytest.skip(backends.MISSING)
+    if fused and extension.EXTENSION is None:
+        pytest.skip(extension.MISSING)
     found = []
     for one in (dtype, torch.float64):
         p = torch.ones(64, dtype=one).requires_grad_()
@@ -244,14 +243,6 @@ def test_another_mode_in_mid_training_is_refused_by_name():
     opt.eval()
     opt.train()
     assert_close(values(model), before, 1e-14)
-
-
-@pytest.mark.parametrize(("option", "value"), [("probe", "update"), ("noise_exponent", 0.25)])
-def test_what_needs_momentum_is_refused_without(option, value):
-    for cls in (SGDLW, AdamWLW):
-        with pytest.raises(ValueError, match=rf"^{option}={value!r} needs momentum.*schedule_free=False"):
-            cls(small_net().parameters(), **{option: value})
-        cls(small_net().parameters(), schedule_free=False, **{option: value})
 
 
 @EACH

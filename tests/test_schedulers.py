@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 from torch_table import INFOS, Problem, assert_equal
 
-from lwas_fast.rates import gain
+from lwas_fast.update.control import gain
 
 SCHEDULERS = {
     "StepLR": lambda opt: schedulers.StepLR(opt, 3, 0.5),

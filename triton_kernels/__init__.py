@@ -5,19 +5,3 @@ in ``setup.py``); in a clone ``lwas_fast/__init__.py`` imports it from here. Imp
 Triton, which many machines lack (macOS, PyTorch's CPU wheels): whoever needs a kernel imports its module when it is
 needed.
 """
-
-from __future__ import annotations
-
-
-def triton_version() -> str | None:
-    """Return the version of the installed Triton, or None where it cannot be imported.
-
-    Triton is really imported, not just looked up: an installation whose compiled part does not load is as
-    good as none.
-    """
-    try:
-        import triton
-
-        return str(triton.__version__)
-    except Exception:  # not only ImportError: a broken driver or a missing system library raises others
-        return None

@@ -1,9 +1,9 @@
 """Rates of all layers in one launch: from the vectors of a measurement to each layer's refreshed statistics.
 
 Every program sums up one chunk of one tensor. The last one of a layer to arrive, whichever that is, adds the layer's
-chunks in a fixed order and finishes it: closed form, noise factor, guards, averages. So results are equal bit for bit
-from run to run, layers finish beside each other, and nothing is left to launch. `lwas_fast/rates.py` is the same in
-plain torch, `lwas_fast/fused_rates.py` lays out what is handed over here.
+chunks in a fixed order and finishes it: closed form, guards, averages. So results are equal bit for bit from run to
+run, layers finish beside each other, and nothing is left to launch. `lwas_fast/rates/closed_form.py` is the same in
+plain torch, `lwas_fast/rates/launch.py` lays out what is handed over here.
 
 Sums are float32 within a chunk (a few additions in each lane, then a tree) and float64 across chunks.
 """
@@ -15,7 +15,8 @@ from enum import IntEnum
 import triton
 import triton.language as tl
 
-from lwas_fast.rates import LEAST_SIGNAL, Column, Sums
+from lwas_fast.options import MAX_GROWTH, SELF_CONCORDANCE
+from lwas_fast.table import Column, Sums
 
 CHUNK = 16384  # elements that a program sums up; a multiple of BLOCK
 BLOCK = 2048  # elements that it takes at a time
@@ -29,9 +30,7 @@ class Tensors(IntEnum):
     GRADIENT = 0  # of the dtype that KIND says
     DIRECTION = 1  # times the layer's sign
     PRODUCT = 2  # of the dtype that KIND says
-    MOMENTUM = 3  # not corrected for bias
-    STEPS = 4  # its updates
-    KIND = 5  # 0 float32, 1 bfloat16, 2 float16; and 4 more where not all addresses are multiples of 16
+    KIND = 3  # 0 float32, 1 bfloat16, 2 float16; and 4 more where not all addresses are multiples of 16
 
 
 class Chunks(IntEnum):
@@ -57,14 +56,9 @@ class Numbers(IntEnum):
 
     SIGN = 0  # of its direction
     SCALE = 1  # of the product, besides the factor
-    DECAY = 2  # weight decay and damping
-    CONCORDANCE = 3  # M / 2
-    BETA = 4  # of the averages over refreshes
-    EXPONENT = 5  # of the noise factor
-    GROWTH = 6  # largest, from one refresh to the next
-    UNMEASURED = 7  # rate of a layer never refreshed
-    SKIP = 8  # 1 where negative curvature means no refresh
-    LOG_BETA = 9  # of the momentum
+    DECAY = 2  # weight decay
+    BETA = 3  # of the averages over measurements
+    UNMEASURED = 4  # rate of a layer never measured
 
 
 def _names(*members: IntEnum) -> list[tl.constexpr]:
@@ -72,18 +66,18 @@ def _names(*members: IntEnum) -> list[tl.constexpr]:
     return [tl.constexpr(int(member)) for member in members]
 
 
-_AVERAGE, _WEIGHT, _SHARE, _POWER = _names(Column.AVERAGE, Column.WEIGHT, Column.SIGNAL, Column.POWER)
-_DESCENT, _CURVATURE, _REFRESHES = _names(Column.DESCENT, Column.CURVATURE, Column.REFRESHES)
-_NEGATIVE, _NONFINITE, _NO_DESCENT = _names(Column.NEGATIVE, Column.NONFINITE, Column.NO_DESCENT)
-_GREW = tl.constexpr(int(Column.GROWTH))
-_SIGN, _SCALE, _DECAY, _CONCORDANCE, _BETA, _EXPONENT, _GROWTH, _UNMEASURED, _SKIP, _LOG_BETA = _names(*Numbers)
-_GRADIENT_AT, _DIRECTION_AT, _PRODUCT_AT, _MOMENTUM_AT, _STEPS_AT, _KIND_AT = _names(*Tensors)
+_AVERAGE, _WEIGHT, _DESCENT, _CURVATURE = _names(Column.AVERAGE, Column.WEIGHT, Column.DESCENT, Column.CURVATURE)
+_REFRESHES, _NEGATIVE, _NONFINITE = _names(Column.REFRESHES, Column.NEGATIVE, Column.NONFINITE)
+_NO_DESCENT, _GREW = _names(Column.NO_DESCENT, Column.GROWTH)
+_SIGN, _SCALE, _DECAY, _BETA, _UNMEASURED = _names(*Numbers)
+_GRADIENT_AT, _DIRECTION_AT, _PRODUCT_AT, _KIND_AT = _names(*Tensors)
 _TENSOR_AT, _NUMBER_AT, _COUNT_AT, _LAYER_AT = _names(*Chunks)
 _FIRST_AT, _CHUNKS_AT, _ROW_AT, _FACTOR_AT = _names(*Layers)
-_DESCENT_SUM, _CURVATURE_SUM, _SQUARE_SUM, _SIGNAL_SUM = _names(*Sums)
+_DESCENT_SUM, _CURVATURE_SUM, _SQUARE_SUM = _names(*Sums)
 _COLUMNS, _SUMS, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Sums)), tl.constexpr(len(Numbers))
 _TENSORS, _CHUNKS, _LAYERS = tl.constexpr(len(Tensors)), tl.constexpr(len(Chunks)), tl.constexpr(len(Layers))
-_LEAST_SIGNAL = tl.constexpr(LEAST_SIGNAL)
+_LANES = tl.constexpr(1 << (len(Column) - 1).bit_length())  # of a row: a power of two
+_HALF_M, _MAX_GROWTH = tl.constexpr(0.5 * SELF_CONCORDANCE), tl.constexpr(MAX_GROWTH)
 
 
 @triton.jit
@@ -95,58 +89,37 @@ def _take(address, dtype: tl.constexpr, offsets, mask, masked: tl.constexpr):
 
 
 @triton.jit
-def _add(
-    sums,
-    addresses,
-    offsets,
-    mask,
-    dtype: tl.constexpr,
-    masked: tl.constexpr,
-    with_gradient: tl.constexpr,
-    with_momentum: tl.constexpr,
-):
-    """Add some elements' products to the lanes of <g, d>, <d, u>, <d, d> and <d, m>; nothing for what is not read."""
-    descent, curvature, square, signal = sums
-    gradient, direction, product, momentum = addresses
+def _add(sums, addresses, offsets, mask, dtype: tl.constexpr, masked: tl.constexpr, with_gradient: tl.constexpr):
+    """Add some elements' products to the lanes of <g, d>, <d, u> and <d, d>; nothing for what is not read."""
+    descent, curvature, square = sums
+    gradient, direction, product = addresses
     d = _take(direction, tl.float32, offsets, mask, masked)
     curvature += d * _take(product, dtype, offsets, mask, masked)
     square += d * d
     if with_gradient:
         descent += d * _take(gradient, dtype, offsets, mask, masked)
-    if with_momentum:
-        signal += d * _take(momentum, tl.float32, offsets, mask, masked)
-    return descent, curvature, square, signal
+    return descent, curvature, square
 
 
 @triton.jit
 def _sum_chunk(
-    tensor,
-    start,
-    count,
-    dtype: tl.constexpr,
-    with_gradient: tl.constexpr,
-    with_momentum: tl.constexpr,
-    chunk: tl.constexpr,
-    block: tl.constexpr,
+    tensor, start, count, dtype: tl.constexpr, with_gradient: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr
 ):
     """Sum up a chunk of a tensor whose gradient and product are of a dtype."""
     lanes = tl.arange(0, block)
     zeros = tl.zeros([block], tl.float32)
-    sums = (zeros, zeros, zeros, zeros)
-    gradient, direction = tl.load(tensor + _GRADIENT_AT), tl.load(tensor + _DIRECTION_AT)
-    product, momentum = tl.load(tensor + _PRODUCT_AT), tl.load(tensor + _MOMENTUM_AT)
-    addresses = (gradient, direction, product, momentum)
+    sums = (zeros, zeros, zeros)
+    addresses = (tl.load(tensor + _GRADIENT_AT), tl.load(tensor + _DIRECTION_AT), tl.load(tensor + _PRODUCT_AT))
     if (count == chunk) & (tl.load(tensor + _KIND_AT) < 4):
         # With a mask, even one that is always true, loads would be of 4 bytes, not of 16.
         for i in range(0, chunk, block):
-            sums = _add(sums, addresses, start + (i + lanes), True, dtype, False, with_gradient, with_momentum)
+            sums = _add(sums, addresses, start + (i + lanes), True, dtype, False, with_gradient)
     else:
         i = 0
         while i < count:  # not range: the interpreter of Triton 3.6 takes no bounds that were loaded
-            mask = i + lanes < count
-            sums = _add(sums, addresses, start + (i + lanes), mask, dtype, True, with_gradient, with_momentum)
+            sums = _add(sums, addresses, start + (i + lanes), i + lanes < count, dtype, True, with_gradient)
             i += block
-    return tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0), tl.sum(sums[3], 0)
+    return tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0)
 
 
 @triton.jit
@@ -179,40 +152,30 @@ def _average(beta, old, value, where):
 
 
 @triton.jit
-def _finish(descent, sampled, square, signal, row, numbers, new):
-    """Take a layer's sums into its statistics: `rates.refresh`, for one layer."""
+def _finish(descent, sampled, square, row, numbers, new):
+    """Take a layer's sums into its statistics: `closed_form.refresh`, for one layer."""
     average, weight = tl.load(row + _AVERAGE), tl.load(row + _WEIGHT)
     beta = tl.load(numbers + _BETA)
 
     curvature = tl.abs(sampled) + tl.load(numbers + _DECAY) * square
     delta = tl.sqrt_rn(curvature)
-    rate = tl.div_rn(descent, delta * (delta + tl.load(numbers + _CONCORDANCE) * descent))
-    skip = (tl.load(numbers + _SKIP) != 0) & (sampled <= 0)
+    rate = tl.div_rn(descent, delta * (delta + _HALF_M * descent))
     finite = _finite(descent) & _finite(curvature)
     # Without curvature the closed form has no answer; without descent it has a meaningless one.
-    nonfinite = _not(skip) & (_not(finite) | ((descent > 0) & _not(_finite(rate))))
-    no_descent = _not(skip) & _not(nonfinite) & (descent <= 0)
-    usable = _not(skip | nonfinite | no_descent)
-
-    heard = usable & _finite(signal)
-    signals = _average(beta, tl.load(row + _SHARE), signal, heard)
-    power = _average(beta, tl.load(row + _POWER), descent, heard)
-    share = tl.where(power > 0, tl.div_rn(signals, tl.where(power > 0, power, 1.0)), 1.0)
-    share = tl.minimum(tl.maximum(share, _LEAST_SIGNAL), 1.0)
-    rate *= tl.exp2(tl.load(numbers + _EXPONENT) * tl.log2(share))
+    nonfinite = _not(finite) | ((descent > 0) & _not(_finite(rate)))
+    no_descent = _not(nonfinite) & (descent <= 0)
+    usable = _not(nonfinite | no_descent)
 
     known = weight > 0
     present = tl.where(known, tl.div_rn(average, tl.where(known, weight, 1.0)), tl.load(numbers + _UNMEASURED))
-    limit = tl.load(numbers + _GROWTH) * present
+    limit = _MAX_GROWTH * present
     grew = usable & known & (rate > limit)
     rate = tl.where(grew, limit, rate)
 
-    lanes = tl.arange(0, _COLUMNS)
-    found = tl.load(row + lanes)
+    lanes = tl.arange(0, _LANES)
+    found = tl.load(row + lanes, mask=lanes < _COLUMNS, other=0.0)
     found = tl.where(lanes == _AVERAGE, _average(beta, average, rate, usable), found)
     found = tl.where(lanes == _WEIGHT, _average(beta, weight, 1.0, usable), found)
-    found = tl.where(lanes == _SHARE, signals, found)
-    found = tl.where(lanes == _POWER, power, found)
     found = tl.where(lanes == _DESCENT, tl.where(usable, descent, tl.load(row + _DESCENT)), found)
     found = tl.where(lanes == _CURVATURE, tl.where(usable, sampled, tl.load(row + _CURVATURE)), found)
     found += tl.where(lanes == _REFRESHES, tl.where(usable, 1.0, 0.0), 0.0)
@@ -220,7 +183,7 @@ def _finish(descent, sampled, square, signal, row, numbers, new):
     found += tl.where(lanes == _NONFINITE, tl.where(nonfinite, 1.0, 0.0), 0.0)
     found += tl.where(lanes == _NO_DESCENT, tl.where(no_descent, 1.0, 0.0), 0.0)
     found += tl.where(lanes == _GREW, tl.where(grew, 1.0, 0.0), 0.0)
-    tl.store(new + lanes, found)
+    tl.store(new + lanes, found, mask=lanes < _COLUMNS)
 
 
 @triton.jit
@@ -233,7 +196,6 @@ def layer_rates(
     arrivals,
     out,
     with_gradient: tl.constexpr,
-    with_momentum: tl.constexpr,
     finish: tl.constexpr,
     chunk: tl.constexpr,
     block: tl.constexpr,
@@ -252,7 +214,6 @@ def layer_rates(
         arrivals: (S,) int32, zeros before and after.
         out: (S, len(Column)) float32, the new rows; unless `finish`, (S, len(Sums)), the sums.
         with_gradient: Whether gradients are read; where not, a gradient is minus the direction without its sign.
-        with_momentum: Whether momenta are read; where not, the signal is NaN.
         finish: Whether to go on from sums to rows.
         chunk: Elements of a full chunk.
         block: Elements taken at a time; divides `chunk`.
@@ -266,24 +227,17 @@ def layer_rates(
     layer = tl.load(chunks + _LAYER_AT)
     kind = tl.load(tensor + _KIND_AT) % 4
     if kind == 0:
-        a, b, c, e = _sum_chunk(tensor, start, count, tl.float32, with_gradient, with_momentum, chunk, block)
+        a, b, c = _sum_chunk(tensor, start, count, tl.float32, with_gradient, chunk, block)
     elif kind == 1:
-        a, b, c, e = _sum_chunk(tensor, start, count, tl.bfloat16, with_gradient, with_momentum, chunk, block)
+        a, b, c = _sum_chunk(tensor, start, count, tl.bfloat16, with_gradient, chunk, block)
     else:
-        a, b, c, e = _sum_chunk(tensor, start, count, tl.float16, with_gradient, with_momentum, chunk, block)
+        a, b, c = _sum_chunk(tensor, start, count, tl.float16, with_gradient, chunk, block)
 
     numbers += layer * _NUMBERS
-    if with_momentum:
-        # Bias correction, of each tensor by its own age; in double precision for averages that forget slowly.
-        steps = tl.load(tl.load(tensor + _STEPS_AT).to(tl.pointer_type(tl.float32)))
-        kept = tl.exp((steps * tl.load(numbers + _LOG_BETA)).to(tl.float64))
-        e = tl.where(steps > 0, e / (1 - kept).to(tl.float32), float("nan"))
-
     mine = partials + here * _SUMS
     tl.store(mine + _DESCENT_SUM, a)
     tl.store(mine + _CURVATURE_SUM, b)
     tl.store(mine + _SQUARE_SUM, c)
-    tl.store(mine + _SIGNAL_SUM, e)
     tl.debug_barrier()  # all of the program's stores before the arrival that publishes them
     layers += layer * _LAYERS
     expected = tl.load(layers + _CHUNKS_AT)
@@ -292,46 +246,17 @@ def layer_rates(
         first = tl.load(layers + _FIRST_AT)
         row = tl.load(layers + _ROW_AT).to(tl.pointer_type(tl.float32))
         factor = tl.load(tl.load(layers + _FACTOR_AT).to(tl.pointer_type(tl.float32)))
-        sign = tl.load(numbers + _SIGN)
         square = _total(partials + _SQUARE_SUM, first, expected, at_once)
         factor *= tl.load(numbers + _SCALE)
         curvature = _total(partials + _CURVATURE_SUM, first, expected, at_once) * factor
         descent = square
         if with_gradient:
-            descent = _total(partials + _DESCENT_SUM, first, expected, at_once) * -sign
-        signal = square * float("nan")
-        if with_momentum:
-            signal = _total(partials + _SIGNAL_SUM, first, expected, at_once) * -sign
+            descent = _total(partials + _DESCENT_SUM, first, expected, at_once) * -tl.load(numbers + _SIGN)
         if finish:
-            _finish(
-                descent.to(tl.float32),
-                curvature.to(tl.float32),
-                square.to(tl.float32),
-                signal.to(tl.float32),
-                row,
-                numbers,
-                out + layer * _COLUMNS,
-            )
+            new = out + layer * _COLUMNS
+            _finish(descent.to(tl.float32), curvature.to(tl.float32), square.to(tl.float32), row, numbers, new)
         else:
             out += layer * _SUMS
             tl.store(out + _DESCENT_SUM, descent.to(tl.float32))
             tl.store(out + _CURVATURE_SUM, curvature.to(tl.float32))
             tl.store(out + _SQUARE_SUM, square.to(tl.float32))
-            tl.store(out + _SIGNAL_SUM, signal.to(tl.float32))
-
-
-@triton.jit
-def finish_layers(layers, numbers, sums, out):
-    """Take the sums of layers, which may come from several processes, into their statistics; one program a layer."""
-    layer = tl.program_id(0)
-    row = tl.load(layers + layer * _LAYERS + _ROW_AT).to(tl.pointer_type(tl.float32))
-    mine = sums + layer * _SUMS
-    _finish(
-        tl.load(mine + _DESCENT_SUM),
-        tl.load(mine + _CURVATURE_SUM),
-        tl.load(mine + _SQUARE_SUM),
-        tl.load(mine + _SIGNAL_SUM),
-        row,
-        numbers + layer * _NUMBERS,
-        out + layer * _COLUMNS,
-    )

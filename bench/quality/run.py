@@ -32,7 +32,7 @@ from bench.quality.optimizers import OURS, RULES, SWEPT, Name, Trainer, parts, s
 from bench.quality.problem import Problem, Task
 from bench.quality.store import CHECKS, OUT, Curve, Run, points
 from bench.quality.tasks import EVERY_TASK, TASKS
-from lwas_fast.backends import describe
+from lwas_fast.installed import describe
 
 Asked = tuple[Task, Name, int]  # a seed's run
 

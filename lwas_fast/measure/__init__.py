@@ -1,0 +1,23 @@
+"""From the loss of a step to each layer's direction and curvature.
+
+`routes.py` has the two ways, by automatic differentiation (`products.py`) and by differences of gradients
+(`differences.py`, `buffers.py`); `probes.py` the values that they fill, `explain.py` the errors. What they find, a
+`Measurement`, goes on to `lwas_fast.rates`.
+"""
+
+from lwas_fast.measure.differences import Replay
+from lwas_fast.measure.probes import Measurement, Probe, Products, Subject, Vectors
+from lwas_fast.measure.routes import Window, again, backward, evaluate
+
+__all__ = [
+    "Measurement",
+    "Probe",
+    "Products",
+    "Replay",
+    "Subject",
+    "Vectors",
+    "Window",
+    "again",
+    "backward",
+    "evaluate",
+]

@@ -1,0 +1,130 @@
+"""Hessian-vector products as differences of gradients: (grad F(W + eps v) - grad F(W)) / eps, on the same batch.
+
+One more evaluation of the loss instead of a second derivative. Everything that evaluation moves is put back: parameters
+bit for bit, gradients, the running statistics of normalisation layers; and dropout draws the same masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lwas_fast.layers import squared_norms
+from lwas_fast.measure.buffers import buffers_kept
+from lwas_fast.measure.probes import Probe, Products, passes
+
+# Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
+# balances rounding (weights and gradients keep that many digits) against the third derivative.
+_RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
+
+
+class Replay:
+    """The state of torch's random generators (CPU and the parameters' GPUs), to draw the same numbers again."""
+
+    def __init__(self, params: Sequence[Tensor]):
+        self._gpus = sorted({p.device.index for p in params if p.device.type == "cuda"})
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(i) for i in self._gpus]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, the generators start from the state recorded; after, they go on as if nothing had been drawn."""
+        with torch.random.fork_rng(devices=self._gpus):
+            torch.set_rng_state(self._cpu)
+            for i, state in zip(self._gpus, self._cuda, strict=True):
+                torch.cuda.set_rng_state(state, i)
+            yield
+
+
+@contextmanager
+def _gradients_kept(leaves: Sequence[Tensor], values: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Start from no gradients inside, and put the present ones, with these values, back after."""
+    kept = [(leaf, leaf.grad) for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, grad in kept:
+            # Its memory may have been written to: gradients may be views of DDP's buckets, or of buffers of others.
+            if grad is not None and 0 not in grad.stride():
+                grad.copy_(values[leaf])
+            elif grad is not None:  # expanded: one number for many elements
+                grad = values[leaf]
+            leaf.grad = grad
+
+
+@contextmanager
+def _displaced(params: Sequence[Tensor], directions: Sequence[Tensor], eps: Sequence[Tensor]) -> Iterator[None]:
+    """Move the parameters by eps times their directions inside, and put them back bit for bit after."""
+    kept = [p.detach().clone() for p in params]
+    try:
+        with torch.no_grad():
+            for p, direction, e in zip(params, directions, eps, strict=True):
+                if p.dtype == direction.dtype:
+                    p.addcmul_(direction, e)
+                else:
+                    p.copy_(torch.addcmul(p.to(direction.dtype), direction, e))
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(params, kept, strict=True):
+                p.copy_(value)
+
+
+def _step_lengths(probe: Probe) -> Tensor:
+    """(S,), the eps that each layer's direction is multiplied by; 0 where there is no direction."""
+    selection, directions, dtype = probe.selection, probe.vectors.directions, probe.bucket.table.dtype
+    weights = [w.detach().to(d.dtype) for w, d in zip(selection.params, directions, strict=True)]
+    size = selection.per_layer(squared_norms(weights, dtype)).maximum(selection.floor.square())
+    along = selection.per_layer(squared_norms(directions, dtype))
+    relative = max(_RELATIVE.get(p.dtype, 1e-3) for p in selection.params)
+    return torch.where(along > 0, relative * (size / along).sqrt(), 0.0)
+
+
+def by_differences(
+    probes: Sequence[Probe],
+    evaluate: Callable[[], object],
+    replay: Replay,
+    leaves: Sequence[Tensor],
+    estimator: str,
+) -> list[Products]:
+    """Take the products of each probe as differences of gradients; "blocks" evaluates once for each layer.
+
+    Whatever `evaluate` raises passes, after everything has been put back.
+
+    Args:
+        probes: What to measure along; their gradients were taken at the present parameters.
+        evaluate: Runs the loss of the same batch and its backward, leaving raw gradients in ``.grad``.
+        replay: The random state that the first evaluation started from.
+        leaves: Every tensor whose ``.grad`` the evaluation may touch.
+        estimator: See `probes`.
+    """
+    eps = [_step_lengths(probe) for probe in probes]
+    of_tensor = [probe.selection.per_tensor(e) for probe, e in zip(probes, eps, strict=True)]
+    found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
+    before = {leaf: leaf.grad.clone() for leaf in leaves if leaf.grad is not None}
+    for members in passes(probes, estimator):
+        moved = [probes[p].selection.params[i] for p, i in members]
+        along = [probes[p].vectors.directions[i] for p, i in members]
+        eps_of = [of_tensor[p][i] for p, i in members]
+        with _gradients_kept(leaves, before), _displaced(moved, along, eps_of), buffers_kept(leaves), replay.again():
+            with torch.enable_grad():
+                evaluate()
+            for p, i in members:
+                found[p][i] = _difference(probes[p], i, before)
+    return [
+        Products(tensors, torch.where(e > 0, probe.scale / e, 0.0))
+        for probe, tensors, e in zip(probes, found, eps, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _difference(probe: Probe, i: int, before: dict[Tensor, Tensor]) -> Tensor:
+    param, direction = probe.selection.params[i], probe.vectors.directions[i]
+    if param.grad is None or param not in before:  # the evaluations differ in more than the weights: no number
+        return torch.full_like(direction, torch.nan)
+    return param.grad.to(direction.dtype) - before[param].to(direction.dtype)

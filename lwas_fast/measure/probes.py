@@ -1,0 +1,175 @@
+r"""What a measurement goes along, and what it finds: each layer's direction, and the Hessian times it.
+
+With d the direction that the optimizer's step takes from the gradient alone, cut into layers, and H the Hessian:
+
+* ``"signs"``: one product Hv with v = (z_1 d_1, ..., z_L d_L), z = ±1 drawn anew;
+  :math:`z_i \langle d_i, (Hv)_i\rangle` is an unbiased estimate of the layer's own
+  :math:`\langle d_i, H_{ii} d_i\rangle`, for the cross terms carry :math:`z_i z_j`.
+* ``"blocks"``: one product a layer, exact.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lwas_fast.layers import Bucket, Layout, Selection, state_dtype
+from lwas_fast.rule import Here, Rule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Subject(NamedTuple):
+    """What is measured, and how.
+
+    Attributes:
+        layout: The layers.
+        rule: Of the optimizer.
+        how: The options that hold for all groups: ``curvature``, ``hvp`` and ``seed``.
+    """
+
+    layout: Layout
+    rule: Rule
+    how: dict[str, Any]
+
+
+class Vectors(NamedTuple):
+    """What is measured along: a list each, of one tensor for each parameter, in the dtype of its state.
+
+    Attributes:
+        gradients: Gradients (with L2); where None, a gradient is minus its direction. May be of the parameter's dtype.
+        directions: Directions times their layers' signs: what Hessian-vector products are taken with.
+    """
+
+    gradients: list[Tensor] | None
+    directions: list[Tensor]
+
+
+@dataclass
+class Probe:
+    """One bucket's measurement.
+
+    Attributes:
+        bucket: Where the layers are.
+        selection: The tensors that have a gradient.
+        vectors: Theirs, in that order.
+        signs: ±1 for each layer of the selection.
+        scale: What raw products are to be multiplied by: micro-batches in the window, over the loss scale, negative for
+            maximize. A float or a tensor without dimension.
+    """
+
+    bucket: Bucket
+    selection: Selection
+    vectors: Vectors
+    signs: list[float]
+    scale: Tensor | float
+
+    @property
+    def rows(self) -> Tensor:
+        """The layers' statistics: (S, len(table.Column))."""
+        return self.bucket.table[self.selection.rows]
+
+
+class Products(NamedTuple):
+    """Hessian times the directions of a probe.
+
+    Attributes:
+        tensors: For each parameter its part; None is zero.
+        factor: What they are to be multiplied by: a float, or a tensor without dimension, or (S,), by layer.
+    """
+
+    tensors: list[Tensor | None]
+    factor: Tensor | float
+
+
+class Measurement(NamedTuple):
+    """What a curvature pass hands on to the rates.
+
+    Attributes:
+        due: Numbers of the parameter groups that were to be measured.
+        probes: What was measured along, of those that had a gradient.
+        products: For each probe, the Hessian times its directions.
+        replicas: The processes whose products, each of its share of the batch, are to be averaged.
+    """
+
+    due: list[int]
+    probes: list[Probe]
+    products: list[Products]
+    replicas: ProcessGroup | None = None
+
+
+def draw_signs(seed: int, step: int, count: int) -> list[float]:
+    """Draw ±1 for each layer, a function of seed and step alone.
+
+    So replicas of a distributed run draw alike, a resumed run repeats the signs of the unbroken one, and nobody else's
+    random numbers are touched.
+    """
+    bits = random.Random(f"{seed}:{step}").getrandbits(count) if count else 0
+    return [1.0 if bits >> i & 1 else -1.0 for i in range(count)]
+
+
+@torch.no_grad()
+def make_probes(
+    subject: Subject,
+    due: Sequence[int],
+    gradients: dict[Tensor, Tensor],
+    scale: Tensor | float,
+    of_products: Tensor | float,
+) -> list[Probe]:
+    """Make a probe for each bucket of the groups `due` of which anything has a gradient.
+
+    Args:
+        subject: What is measured.
+        due: Numbers of the groups.
+        gradients: Raw ones, of the parameters that have one.
+        scale: Turns them into estimates of the window's: see `Probe.scale`.
+        of_products: Likewise the products.
+    """
+    layout = subject.layout
+    there = []
+    for bucket in layout.buckets:
+        present = [i for i, p in enumerate(bucket.params) if p in gradients]
+        if present and bucket.group in due:
+            there.append((bucket, bucket.select(present)))
+    steps = max((layout.group_of(bucket)["steps"] for bucket, _ in there), default=0)
+    signs = draw_signs(subject.how["seed"], steps, sum(len(selection.elements) for _, selection in there))
+    if subject.how["curvature"] != "signs":
+        signs = [1.0] * len(signs)
+    probes = []
+    for bucket, selection in there:
+        group = layout.group_of(bucket)
+        own, signs = signs[: len(selection.elements)], signs[len(selection.elements) :]
+        factor, of_product = (-scale, -of_products) if group["maximize"] else (scale, of_products)
+        as_is = isinstance(factor, float) and factor == 1.0
+        dtypes = [state_dtype(p) for p in selection.params]
+        raw = [gradients[p].detach() for p in selection.params]
+        scaled = [g.to(dtype) if as_is else g.to(dtype) * factor for g, dtype in zip(raw, dtypes, strict=True)]
+        here = Here(
+            [layout.state_of(bucket, i) for i in selection.indices],
+            [p.detach().to(dtype) for p, dtype in zip(selection.params, dtypes, strict=True)],
+            scaled,
+            torch.stack([bucket.counts[i] for i in selection.indices]).to(selection.dtype) + 1,
+            [-own[layer] for layer in selection.layer],
+        )
+        used, directions = subject.rule.directions(group, here)
+        if used is scaled and as_is:
+            used = raw  # half the memory, where it is of half precision
+        probes.append(Probe(bucket, selection, Vectors(used, directions), own, of_product))
+    return probes
+
+
+def passes(probes: Sequence[Probe], estimator: str) -> list[list[tuple[int, int]]]:
+    """Which tensors, as (probe, position), take part in which product: all in one, or a layer in each."""
+    everything = [(p, i) for p, probe in enumerate(probes) for i in range(len(probe.selection.params))]
+    if estimator != "blocks":
+        return [everything]
+    layers: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for p, i in everything:
+        layers.setdefault((p, probes[p].selection.layer[i]), []).append((p, i))
+    return list(layers.values())

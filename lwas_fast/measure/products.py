@@ -1,0 +1,90 @@
+"""Hessian-vector products by automatic differentiation: reverse over reverse, on the graph of the step's own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lwas_fast.measure.probes import Probe, Products, passes
+
+
+def _nodes(outputs: Iterable[Tensor]) -> Iterator[Node]:
+    """Every node of the graph of some tensors, once, in a fixed order."""
+    stack = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """Every leaf that ``loss.backward()`` would give a gradient, in a fixed order."""
+    if loss.grad_fn is None:
+        return [loss] if loss.requires_grad else []
+    found = {node.variable: None for node in _nodes([loss]) if hasattr(node, "variable")}  # AccumulateGrad nodes
+    return list(found)
+
+
+# Nodes that stand for a backward pass without derivative, and what autograd says when it comes to one. It need not come
+# to it: inputs saved without their graph, as these do, leave no path from the node to the parameters.
+_CUTS = {
+    "torch::autograd::Error": "trying to differentiate twice a function that was marked with @once_differentiable",
+    # In the loss's own graph: torch 2.11 leaves no trace of it in that of the gradients, and takes the curvature as 0.
+    "CompiledFunctionBackward": "torch.compile with aot_autograd does not currently support double backward",
+}
+
+
+def refuse_cut_graph(outputs: Iterable[Tensor]) -> None:
+    """Refuse a loss, or gradients, behind a function differentiable once: autograd may take its part as 0, silently.
+
+    Raises:
+        RuntimeError: In autograd's own words, for `explain`.
+    """
+    for node in _nodes(outputs):
+        if (message := _CUTS.get(node.name())) is not None:
+            raise RuntimeError(message)
+
+
+def _products(
+    gradients: Sequence[Tensor | None], params: Sequence[Tensor], vectors: Sequence[Tensor], keep: bool
+) -> list[Tensor | None]:
+    """The Hessian times `vectors`; None for a parameter that the gradient does not depend on."""
+    # A gradient that is constant in the parameters (a loss linear in them) has no graph, and its product is zero.
+    pairs = zip(gradients, vectors, strict=True)
+    live = [(g, v.to(g.dtype)) for g, v in pairs if g is not None and g.requires_grad]
+    if not live:
+        return [None] * len(params)
+    outputs, weights = zip(*live, strict=True)
+    return list(torch.autograd.grad(outputs, params, weights, retain_graph=keep, allow_unused=True))
+
+
+def by_autograd(
+    probes: Sequence[Probe], gradients: Sequence[Sequence[Tensor | None]], estimator: str
+) -> list[Products]:
+    """Take the products of each probe by reverse over reverse.
+
+    Args:
+        probes: What to measure along.
+        gradients: For each probe, the raw gradients of its tensors with their graph, which is released by this; None
+            where this process's loss has none.
+        estimator: See `probes`.
+    """
+    found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
+    rounds = passes(probes, estimator)
+    for members in rounds:
+        products = _products(
+            [gradients[p][i] for p, i in members],
+            [probes[p].selection.params[i] for p, i in members],
+            [probes[p].vectors.directions[i] for p, i in members],
+            keep=members is not rounds[-1],
+        )
+        for (p, i), product in zip(members, products, strict=True):
+            found[p][i] = product
+    return [Products(tensors, probe.scale) for probe, tensors in zip(probes, found, strict=True)]

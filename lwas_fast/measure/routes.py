@@ -1,0 +1,202 @@
+"""The ways from a loss to a measurement: its own graph, or a second evaluation at displaced parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lwas_fast.layers import check_dense
+from lwas_fast.measure.differences import Replay, by_differences
+from lwas_fast.measure.explain import explain
+from lwas_fast.measure.probes import Measurement, Subject, make_probes
+from lwas_fast.measure.products import by_autograd, leaves_of, refuse_cut_graph
+from lwas_fast.parallel import ddp as parallel
+from lwas_fast.profiling import span
+
+
+@dataclass
+class Window:
+    """The micro-batches since the last step.
+
+    Attributes:
+        micro_batches: How many went through `backward`.
+        complete: Whether the last one did: `step` comes next.
+    """
+
+    micro_batches: int = 0
+    complete: bool = False
+
+
+def _scalar(loss: object, what: str) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{what} must be the loss as a tensor, not {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"{what} must be a scalar, not of shape {tuple(loss.shape)}: reduce it (mean or sum) first")
+    if not loss.requires_grad:
+        raise ValueError(f"{what} has no graph: compute it from the parameters, with gradients enabled")
+    return loss
+
+
+def backward(
+    subject: Subject,
+    loss: Tensor | Callable[[], Tensor],
+    due: list[int],
+    window: Window,
+    scaler: Any,
+    ddp: DistributedDataParallel | None,
+) -> tuple[Tensor, Measurement | None]:
+    """Do what `LayerwiseOptimizer.backward` says; return the loss, detached, and what was found.
+
+    `due` has the numbers of the groups that are to be measured (if none, nothing is), `window` the micro-batches
+    before this one.
+    """
+    evaluates = callable(loss) and not isinstance(loss, Tensor)
+    differences = subject.how["hvp"] == "finite_difference"
+    if differences and not evaluates:
+        raise TypeError(
+            'hvp="finite_difference" evaluates the loss twice: call opt.backward(closure) with a callable that returns '
+            "the loss, or opt.step(closure) with PyTorch's usual closure"
+        )
+
+    def forward() -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            value = loss() if evaluates else loss  # type: ignore[operator]
+            value = _scalar(value, "what the closure returns" if evaluates else "the argument of opt.backward()")
+            return value, value if scaler is None else scaler.scale(value)
+
+    found = None
+    if not due:
+        value, scaled = forward()
+        scaled.backward()  # type: ignore[no-untyped-call]
+    elif differences:
+        value, found = _differences_of(subject, forward, due, window, scaler)
+    else:
+        value, scaled = forward()
+        parallel.check(ddp)
+        found = _autograd(subject, scaled, _scale(value, scaler, window), due, window, ddp)
+    return value.detach(), found
+
+
+def _scale(loss: Tensor, scaler: Any, window: Window) -> Tensor | float:
+    """What turns this micro-batch's raw gradient into an estimate of the window's."""
+    count = window.micro_batches + 1
+    return float(count) if scaler is None else count / scaler.scale(torch.ones((), device=loss.device))
+
+
+def _accumulate(graph: dict[Tensor, Tensor]) -> None:
+    """Give each leaf its gradient as ``loss.backward()`` would, hooks included, without a second pass."""
+    with torch.no_grad():
+        for leaf, gradient in graph.items():
+            # Its own memory, as backward() gives: two leaves may have been handed one tensor.
+            own = gradient.detach().clone()
+            leaf.grad = own if leaf.grad is None else leaf.grad + own
+    for leaf in graph:
+        for hook in (leaf._post_accumulate_grad_hooks or {}).values():
+            hook(leaf)
+
+
+def _autograd(
+    subject: Subject,
+    loss: Tensor,
+    scale: Tensor | float,
+    due: list[int],
+    window: Window,
+    ddp: DistributedDataParallel | None,
+) -> Measurement:
+    """Gradient and curvature from one graph; gradients are accumulated as ``loss.backward()`` would."""
+    layout = subject.layout
+    leaves = leaves_of(loss)
+    try:
+        refuse_cut_graph([loss])
+        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        graph = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
+        del found
+        refuse_cut_graph(graph.values())
+        check_dense(layout.groups, graph.get)
+        gradients, of_gradients = graph, scale
+        if ddp is not None:
+            # Directions must be equal on all replicas: they are those of the averaged gradient, of the whole window.
+            parallel.accumulate(graph)
+            gradients = {p: p.grad for p in layout.params if p.grad is not None}  # perhaps from other replicas alone
+            of_gradients = scale / (window.micro_batches + 1)
+        with span("curvature"):
+            probes = make_probes(subject, due, gradients, of_gradients, scale)
+            ours = [[graph.get(p) for p in probe.selection.params] for probe in probes]
+            products = by_autograd(probes, ours, subject.how["curvature"])
+    except RuntimeError as error:
+        if (explained := explain(error)) is not None:
+            raise explained from error
+        raise
+    if ddp is None:
+        _accumulate(graph)
+    return Measurement(due, probes, products, None if ddp is None else ddp.process_group)
+
+
+def _differences_of(
+    subject: Subject, forward: Callable[[], tuple[Tensor, Tensor]], due: list[int], window: Window, scaler: Any
+) -> tuple[Tensor, Measurement]:
+    if window.micro_batches > 0:
+        parallel.refuse_accumulation()
+    params = subject.layout.params
+    replay = Replay(params)
+
+    def twice() -> Tensor:
+        value, scaled = forward()
+        scaled.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    earlier = [p.grad for p in params]
+    for p in params:
+        p.grad = None  # the measurement wants this micro-batch's own gradient
+    try:
+        value = twice()
+        found = again(subject, twice, value, replay, due, _scale(value, scaler, window))
+    finally:
+        with torch.no_grad():
+            for p, grad in zip(params, earlier, strict=True):
+                if grad is not None:
+                    p.grad = grad if p.grad is None else grad + p.grad
+    return value, found
+
+
+def evaluate(closure: Callable[[], Tensor]) -> Tensor:
+    """Call a `step` closure and return the loss that it returns; TypeError if that is no tensor."""
+    with torch.enable_grad():
+        value = closure()
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the closure of opt.step() must return the loss as a tensor, not {type(value).__name__}")
+    return value
+
+
+def again(
+    subject: Subject,
+    closure: Callable[[], Tensor],
+    loss: Tensor,
+    replay: Replay,
+    due: Sequence[int],
+    scale: Tensor | float = 1.0,
+) -> Measurement:
+    """Measure by differences of gradients, where a first evaluation of a closure has left its own.
+
+    Args:
+        subject: What is measured, and how.
+        closure: Evaluates the same loss once more, gradients included.
+        loss: What it returned first.
+        replay: The random state it started from then.
+        due: Numbers of the groups.
+        scale: What turns raw gradients and products into estimates of the window's.
+    """
+    params = subject.layout.params
+    gradients = {p: p.grad for p in params if p.grad is not None}
+    check_dense(subject.layout.groups, gradients.get)
+    # The loss's graph is used up but still tells which other leaves the evaluation gives gradients to.
+    leaves = list(dict.fromkeys(params + leaves_of(loss)))
+    with span("curvature"):
+        probes = make_probes(subject, due, gradients, scale, scale)
+        products = by_differences(probes, lambda: evaluate(closure), replay, leaves, subject.how["curvature"])
+    return Measurement(list(due), probes, products)

@@ -1,0 +1,1 @@
+"""Runs of several processes: what their measurements need of torch.distributed."""

@@ -1,0 +1,42 @@
+"""When a parameter group is measured, and how long its rates remember a measurement."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+INTERVALS = (10, 100)  # least and most steps between measurements; docs/method.md says why
+HORIZON, HORIZON_REFRESHES = 100, 5  # rates are averaged over this many steps, and this many measurements, at least
+
+
+def is_due(group: dict[str, Any]) -> bool:
+    """Whether a group is to be measured at its present step."""
+    return group["steps"] >= group["next_refresh"] and any(p.requires_grad for p in group["params"])
+
+
+def overdue(group: dict[str, Any]) -> int:
+    """Steps since a measurement was due, once another would be due as well; 0 before."""
+    late: int = group["steps"] - group["next_refresh"]
+    return late if is_due(group) and late >= interval(group) else 0
+
+
+def interval(group: dict[str, Any]) -> int:
+    """Steps from a measurement now to the next: fixed, or a tenth of those since warm-up, in bounds."""
+    fixed: int | None = group["update_every"]
+    least, most = INTERVALS
+    by_age = min(max(least, int(group["steps"] - group["warmup_steps"]) // 10), most)
+    return by_age if fixed is None else fixed
+
+
+def memory(group: dict[str, Any]) -> float:
+    """What the averages over measurements keep of their past (beta) in a measurement now."""
+    last = group["last_refresh"]
+    elapsed = interval(group) if last is None else group["steps"] - last
+    return math.exp(-elapsed / max(HORIZON, HORIZON_REFRESHES * elapsed))
+
+
+def schedule(group: dict[str, Any], measured: bool) -> None:
+    """Note that a group was measured; or that nothing of it had a gradient, so that its next step tries again."""
+    if measured:
+        group["last_refresh"] = group["steps"]
+    group["next_refresh"] = group["steps"] + (interval(group) if measured else 1)

@@ -1,0 +1,122 @@
+"""Saved states: labelled with a version, statistics by name, checked against the optimizer before anything changes.
+
+A saved group carries ``state_version`` and ``columns``, the names of the numbers in each layer's row. So rows may get
+other numbers, in another order, and old states still load: what a state lacks starts at 0, what it has too many is
+dropped. torch would cast every tensor to its parameter's dtype; `fit` keeps float32 state of half-precision parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lwas_fast.layers import parameter_name, state_dtype
+from lwas_fast.options import REMOVED, RULES
+from lwas_fast.rule import Rule
+from lwas_fast.table import Column
+
+VERSION = 2
+COLUMNS = [column.name.lower() for column in Column]
+# Of version 1, which did not say so.
+FIRST_COLUMNS = "average weight signal power descent curvature applied refreshes negative nonfinite no_descent growth"
+FIRST_COLUMNS += " capped skipped length size"
+
+Groups: TypeAlias = "Sequence[dict[str, Any]]"
+
+
+def labelled(groups: Groups) -> list[dict[str, Any]]:
+    """Copies of groups that say what their state is."""
+    return [{**group, "state_version": VERSION, "columns": COLUMNS} for group in groups]
+
+
+def _columns_of(group: dict[str, Any]) -> list[str]:
+    return group["columns"] if "state_version" in group else FIRST_COLUMNS.split()
+
+
+def _partition(names: list[str]) -> list[int]:
+    return [names.index(name) for name in names]
+
+
+def check(rule: Rule, groups: Groups, saved: dict[str, Any]) -> None:
+    """Check that what `state_dict` gave fits the groups of an optimizer of this rule.
+
+    Raises:
+        ValueError: Says what does not fit.
+    """
+    for number, (mine, theirs) in enumerate(zip(groups, saved["param_groups"], strict=False)):
+        if len(mine["params"]) != len(theirs["params"]):
+            return  # torch's own message is about to come
+        if "layer_names" not in theirs:
+            raise ValueError(f"the saved state is not of a {rule.name}: its groups have no layers")
+        if (version := theirs.get("state_version", 1)) > VERSION:
+            raise ValueError(
+                f"the saved state is of version {version}, and this lwas_fast reads versions up to {VERSION}: "
+                "load it with the newer lwas_fast that saved it"
+            )
+        names = (mine["layer_names"], theirs["layer_names"])
+        for name, one, other in zip(names[0], *map(_partition, names), strict=True):
+            if one != other:
+                raise ValueError(
+                    f"the saved state has other layers in group {number}: layer {name!r} is made of other tensors "
+                    "there. Pass the layers= (and names) that the saved optimizer was made with"
+                )
+        for i, key in enumerate(theirs["params"]):
+            if entry := saved["state"].get(key):
+                _check_entry(rule, mine["params"][i], parameter_name(mine, i), theirs, entry)
+
+
+def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], entry: dict[str, Any]) -> None:
+    buffers = rule.buffers({"schedule_free": False, **theirs})  # of a version that knew nothing else
+    if missing := {"step", "layer", *buffers} - set(entry):
+        what = sorted(missing)[0]
+        raise ValueError(f"the saved state of parameter {name} lacks {what!r}: it is not of a {rule.name}")
+    shapes = {buffer: tuple(param.shape) for buffer in buffers} | {"layer": (len(_columns_of(theirs)),)}
+    for what, shape in shapes.items():
+        if (found := tuple(entry[what].shape)) != shape:
+            raise ValueError(f"the saved {what} of parameter {name} has shape {found}, but must have {shape}")
+
+
+def lost_options(saved: dict[str, Any]) -> list[str]:
+    """What to say of options that a saved state was trained with and that are no more."""
+    found = {name: group[name] for group in saved["param_groups"] for name in REMOVED if name in group}
+    other = {name: value for name, value in found.items() if value not in (REMOVED[name][0], None)}
+    return [f"{name}={value!r} ({REMOVED[name][1]})" for name, value in other.items()]
+
+
+def fit(groups: Groups, state: MutableMapping[Tensor, dict[str, Any]], saved: dict[str, Any]) -> None:
+    """Fill `state` from a saved one, each tensor copied to its parameter's device and its state's own dtype."""
+    for group, old in zip(groups, saved["param_groups"], strict=True):
+        for param, key in zip(group["params"], old["params"], strict=True):
+            for name, value in saved["state"].get(key, {}).items():
+                if isinstance(value, Tensor):
+                    dtype = value.dtype if name in ("step", "layer") else state_dtype(param)
+                    value = value.detach().to(device=param.device, dtype=dtype, copy=True)
+                state[param][name] = value
+
+
+def upgrade(groups: Groups, state: Mapping[Tensor, dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """Bring groups and rows of any version to the present one, in place; options they lack are the optimizer's."""
+    for group in groups:
+        columns = _columns_of(group)
+        if columns != COLUMNS:
+            for param in group["params"]:
+                if "layer" in (entry := state.get(param, {})):
+                    entry["layer"] = _renamed(entry["layer"], columns)
+        for name in ("state_version", "columns", *REMOVED):
+            group.pop(name, None)
+        group.setdefault("schedule_free", False)  # of a version that knew nothing else
+        for name in RULES.keys() & defaults.keys():  # torch's __setstate__ adds defaults of its own
+            group.setdefault(name, defaults[name])
+        for name, value in (("last_refresh", None), ("train_mode", True), ("share", None)):
+            group.setdefault(name, value)
+
+
+def _renamed(row: Tensor, columns: list[str]) -> Tensor:
+    """A layer's row in the present order; 0 for what it lacks."""
+    new = torch.zeros(len(COLUMNS), dtype=row.dtype, device=row.device)
+    there = [name for name in COLUMNS if name in columns]
+    new[[COLUMNS.index(name) for name in there]] = row[[columns.index(name) for name in there]]
+    return new

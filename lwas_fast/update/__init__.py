@@ -1,0 +1,11 @@
+"""From rates to weights: one step of all layers, and the average that is evaluated.
+
+`control.py` turns a rate into what multiplies a direction; `plain.py` (torch) and `compiled.py` (C++ and CUDA, found by
+`extension.py`) take the step; `average.py` keeps the schedule-free average.
+"""
+
+from lwas_fast.update.average import averaged, check_training, swap
+from lwas_fast.update.extension import check_fused
+from lwas_fast.update.step import prepare, run
+
+__all__ = ["averaged", "check_fused", "check_training", "prepare", "run", "swap"]

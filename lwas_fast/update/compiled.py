@@ -1,0 +1,48 @@
+"""One step in compiled code: all tensors of a bucket in one pass over parameter, gradient and state.
+
+`csrc/update_math.h` says how; `plain.py` is the same in plain torch. An operator is handed here what its schema asks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lwas_fast.layers import RMS_FLOOR
+from lwas_fast.rule import Rule, Scaling
+from lwas_fast.update.control import Part, control
+
+# A layer whose step was within this factor of its cap has its weights moved in a second pass, when the norms are known;
+# others in the first, and corrected if they turn out to be capped, which takes a direction that many times as long as
+# the one before. Results are the same up to rounding: one more, at about the weights' own size, where it was corrected.
+NEAR = 2.0
+
+
+def compiled_step(rule: Rule, part: Part, scaling: Scaling) -> None:
+    """Take one step with some of a bucket's tensors; states and statistics are brought up to date.
+
+    Raises:
+        TypeError: A dtype that the operator does not take. Nothing has been changed.
+    """
+    bucket, selection, group, states = part
+    lr: float | Tensor = group["lr"]
+    on_device = None
+    if isinstance(lr, Tensor) and lr.is_cuda and lr.device == bucket.table.device:
+        on_device, lr = lr.to(torch.float32), 1.0  # to read it here would wait for the device
+    scalars = (None if s is None else s.to(device=bucket.table.device, dtype=torch.float32) for s in scaling)
+    warming, warmup_rate, gain, ramp, cap, largest = control(rule, group)
+    getattr(torch.ops.lwas_fast, str(rule.operator))(
+        selection.params,
+        [p.grad for p in selection.params],
+        *([state[name] for state in states] for name in rule.buffers(group)),
+        bucket.table,
+        bucket.steps,
+        selection.where,
+        [float(lr), ramp, warmup_rate, gain, cap, largest, RMS_FLOOR, NEAR],
+        warming,
+        *rule.numbers(group),
+        group["maximize"],
+        group["schedule_free"],
+        on_device,
+        *scalars,
+    )

@@ -1,0 +1,98 @@
+"""What a step works on, and what multiplies each layer's direction in it: rate, gain, cap, ramp, warm-up."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lwas_fast.layers import Bucket, Selection
+from lwas_fast.rates import current
+from lwas_fast.rule import Rule
+from lwas_fast.table import Column
+
+
+class Part(NamedTuple):
+    """What of a bucket takes a step: the tensors that have a gradient, their hyperparameters and their states."""
+
+    bucket: Bucket
+    selection: Selection
+    group: dict[str, Any]
+    states: list[dict[str, Any]]
+
+
+class Control(NamedTuple):
+    """What turns a layer's rate into its step: the same for all layers of a group.
+
+    Attributes:
+        warming: Whether this is a step of the warm-up.
+        warmup_rate: The rate then, and of layers never measured.
+        gain: What measured rates are multiplied by before the cap.
+        ramp: Share of the measured rate that is applied.
+        cap: Largest share of its norm by which a layer may move.
+        largest_rate: Largest rate, whatever the norms: with decoupled decay, decaying by more than `cap` is a runaway
+            as well. Infinite where there is no such decay.
+    """
+
+    warming: bool
+    warmup_rate: float
+    gain: float
+    ramp: float
+    cap: float
+    largest_rate: float
+
+
+def gain(beta: float, steps: int) -> float:
+    """How much longer than the measured step a schedule-free one is, after so many steps.
+
+    A step moves the iterate in full, but the weights that the step was measured at by ``1 - beta + beta / (steps + 1)``
+    of it only: 1 would be right for the former, the inverse of that for the latter. This is their geometric mean, from
+    1 at first to ``1 / sqrt(1 - beta)``; docs/method.md has what was measured about it.
+    """
+    return 1 / math.sqrt(1 - beta + beta / (steps + 1))
+
+
+def control(rule: Rule, group: dict[str, Any]) -> Control:
+    """Read off a group, with ``steps`` done so far, what its next step needs."""
+    since_warmup = group["steps"] - group["warmup_steps"]
+    warming = since_warmup < 0
+    ramp = 1.0 if warming or not group["ramp_steps"] else min(1.0, (since_warmup + 1) / group["ramp_steps"])
+    cap = rule.cap(group)
+    decays = rule.decoupled and group["weight_decay"] > 0
+    largest = cap / group["weight_decay"] if decays else math.inf
+    longer = gain(rule.beta(group), group["steps"]) if group["schedule_free"] else 1.0
+    return Control(warming, group["warmup_rate"], longer, ramp, cap, largest)
+
+
+def apply(
+    table: Tensor, sizes: Tensor, lengths: Tensor, moves: Tensor, skipped: Tensor, lr: float | Tensor, control: Control
+) -> Tensor:
+    """Work out what multiplies each of L layers' directions in this step.
+
+    Args:
+        table: (L, len(Column)) statistics.
+        sizes: (L,) norm of the layer's weights, not below its floor.
+        lengths: (L,) norm of the direction that is applied.
+        moves: (L,) bool, whether anything of the layer moves.
+        skipped: (L,) bool, whether elements of it are left alone.
+        lr: The group's multiplier.
+        control: The rest of what holds for all of them.
+
+    Returns:
+        The new table: `APPLIED` is the answer, `LENGTH` and `SIZE` are noted, `CAPPED` and `SKIPPED` count.
+    """
+    new = table.clone()
+    rate = current(table, control.warmup_rate)
+    rate = torch.where(table[:, Column.WEIGHT] > 0, rate * control.gain, rate)
+    if control.warming:
+        rate = torch.full_like(rate, control.warmup_rate)
+    bound = torch.where(lengths > 0, control.cap * sizes / lengths, math.inf)
+    bound = bound.nan_to_num(nan=0.0, posinf=math.inf).clamp(max=control.largest_rate)  # NaN: both norms overflowed
+    new[:, Column.APPLIED] = torch.where(moves, torch.minimum(rate, bound) * lr * control.ramp, 0.0)
+    new[:, Column.CAPPED] += moves & (rate > bound)
+    new[:, Column.SKIPPED] += skipped
+    new[:, Column.LENGTH] = torch.where(moves, lengths, table[:, Column.LENGTH])
+    new[:, Column.SIZE] = torch.where(moves, sizes, table[:, Column.SIZE])
+    return new

@@ -1,0 +1,240 @@
+"""The method itself, in float64, plain and slow: the oracle that the package is tested against.
+
+After Bahamou & Goldfarb, arXiv 2305.13664 (its published summary). Of a layer λ = 1..L: W weights, g
+gradient, m, v moments, H_λλ block of the Hessian, n updates with this one; k steps before; γ weight decay. β₁ is SGD's
+momentum.
+
+    ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ + γ‖d‖²    t = ρ / (δ (δ + (M/2) ρ)),  M = 2
+    F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d
+
+Refresh at k = warmup_steps and then every T steps, T = update_every or, without one, (k − warmup_steps)/10 rounded
+down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← g + γW, D = 1):
+
+    v⁺ = β₂v + (1−β₂)g²    v̂ = v⁺/(1−β₂ⁿ)     D = 1/(√v̂ + ε)
+    d  = −Dg
+    c  = z_λ⟨d_λ, (Hv)_λ⟩, v = (z_μ d_μ)_μ (signs), or ⟨d_λ, H_λλ d_λ⟩ (blocks)
+    ρ  = −⟨g, d⟩           q = ‖d‖²           δ² = |c| + γq
+    β  = exp(−T/rate_horizon), 0 for a horizon of 0; it is max(100, 5T), T the steps since the last refresh
+    t ← min(t, max_growth · rate), max_growth = 10
+    E ← βE + (1−β)t        w ← βw + (1−β)     rate = E/w      (E, w start at 0, rate at warmup_rate)
+
+Every step, with the gradient as it then stands (clipped, accumulated):
+
+    v ← v⁺                      a = cap · max(‖W‖, 0.01√N)/‖d‖    (AdamW, γ > 0: at most cap/γ)
+    r = min(G rate, a) · lr · min(1, (k − warmup_steps + 1)/ramp_steps)    (warm-up: min(warmup_rate, a) · lr)
+
+    schedule-free (Defazio et al., arXiv 2405.15682; Z = X = W at the start):    d = −Dg
+    G = 1/√(1−β₁+β₁/(k+1)), but 1 where nothing was measured yet
+    Z ← Z + rd (SGD)            Z ← Z + r(d − γW) (AdamW)
+    X ← X + (Z − X)/n           W ← β₁X + (1−β₁)Z
+
+    with momentum:              m ← β₁m + (1−β₁)g    m̂ = m/(1−β₁ⁿ)    d = −Dm̂    G = 1
+    W ← W + rd (SGD)            W ← (1 − rγ)W + rd (AdamW)
+
+NaN, Inf and ρ ≤ 0 leave a layer's statistics alone. An element whose squared gradient is not
+finite is left alone and no part of ‖d‖; n counts updates that leave any element alive. From the summary: ρ, δ²,
+t, its bound, T, γ, warm-up, EMA. Ours: all else, from probes to guards, and G.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[list[Tensor]], Tensor]
+Signs = Sequence[float] | None
+EVENTS = ("negative", "nonfinite", "nondescent", "growth", "capped", "skipped", "refreshes")
+
+
+def closed_form(rho: Any, delta2: Any, M: float = 2.0) -> Any:
+    """Step size ρ / (δ (δ + (M/2) ρ)), for floats (δ² > 0) or tensors of one shape (there 1/0 is Inf)."""
+    return rho / (delta2**0.5 * (delta2**0.5 + (M / 2) * rho))
+
+
+def omega(z: Any) -> Any:
+    """Return z − ln(1 + z), for a float z > −1 or a tensor of any shape."""
+    return z - (torch.log1p(z) if isinstance(z, Tensor) else math.log1p(z))
+
+
+def decrease_bound(rho: Any, delta2: Any, M: float = 2.0) -> Any:
+    """What that step gains at least if F is M-self-concordant (M > 0): (4/M²) ω((M/2) ρ/δ)."""
+    return (4 / M**2) * omega((M / 2) * rho / delta2**0.5)
+
+
+def curvature(H: Tensor, d: Tensor, layers: Sequence[slice], estimator: str, z: Signs = None) -> Tensor:
+    """Each layer's curvature c along d, before |·| and weight decay: a tensor (L,).
+
+    Args:
+        H: (n, n) Hessian of the loss without weight decay.
+        d: (n,) the directions of the L layers, one after another; same dtype.
+        layers: Where in d each layer lies.
+        estimator: "blocks" (exact) or "signs" (unbiased for blocks).
+        z: One +1 or −1 per layer, for "signs" only, where not to have it is a ValueError.
+    """
+    if estimator == "blocks":
+        return torch.stack([d[i] @ H[i, i] @ d[i] for i in layers])
+    if estimator != "signs" or z is None or len(z) != len(layers):
+        raise ValueError(f"need 'blocks', or 'signs' and a z per layer, not {estimator!r}, z={z}")
+    Hv = H @ torch.cat([s * d[i] for s, i in zip(z, layers, strict=True)])
+    return torch.stack([s * (d[i] @ Hv[i]) for s, i in zip(z, layers, strict=True)])
+
+
+@dataclasses.dataclass
+class Hyper:
+    """Hyperparameters of all layers. They may be changed between steps: `ref.hyper.lr = 0.5`."""
+
+    lr: float = 1.0
+    momentum: float = 0.9  # SGD only
+    betas: tuple[float, float] = (0.9, 0.99)  # AdamW only
+    eps: float = 1e-8  # AdamW only
+    weight_decay: float = 0.0
+    update_every: int | None = None
+    curvature: str = "signs"
+    schedule_free: bool = True
+    cap: float = 0.2
+    warmup_steps: int = 0
+    warmup_rate: float = 1e-2
+    ramp_steps: int = 0
+    maximize: bool = False
+    # Constants of the package; the tests of the theory vary them.
+    rate_horizon: float | None = None
+    max_growth: float = 10.0
+    self_concordance: float = 2.0
+
+
+class Reference:
+    """What the two methods share.
+
+    Args:
+        W: One (N,) tensor per layer; copied, in float64.
+        **hyper: The fields of `Hyper` that differ from the defaults; TypeError for one that does not exist.
+
+    Attributes:
+        W: The layers, (N,) float64 tensors, replaced at every step.
+        Z, X: Likewise the iterates and their averages, if schedule-free.
+        applied: r of the last step per layer; 0 where the layer was left alone.
+        last: Per layer descent (ρ), curvature (c, raw) and q of the last usable refresh; NaN before it.
+        events: Per layer, how often each of `EVENTS` happened.
+    """
+
+    adam: ClassVar[bool]  # which of two formulas of the docstring above holds
+    defaults: ClassVar[Hyper]
+
+    def __init__(self, W: Sequence[Tensor], **hyper: Any) -> None:
+        self.hyper = dataclasses.replace(self.defaults, **hyper)
+        self.W = [w.detach().to(torch.float64, copy=True) for w in W]
+        self.Z, self.X = list(self.W), list(self.W)
+        self.share = math.nan  # of X in W
+        self.m, self.v = ([torch.zeros_like(w) for w in self.W] for _ in range(2))
+        self.E, self.w, self.applied = ([0.0] * len(W) for _ in range(3))
+        self.k, self.n = 0, [0] * len(W)  # steps and updates done so far
+        self.last_k: int | None = None
+        self.due = self.hyper.warmup_steps
+        self.last = [dict.fromkeys(("descent", "curvature", "q"), math.nan) for _ in W]
+        self.events = [dict.fromkeys(EVENTS, 0) for _ in W]
+
+    @property
+    def rate(self) -> list[float]:
+        """The rate of each layer, before cap, lr and ramp."""
+        return [E / w if w > 0 else self.hyper.warmup_rate for E, w in zip(self.E, self.w, strict=True)]
+
+    @property
+    def interval(self) -> int:
+        """T of a refresh at this step."""
+        return self.hyper.update_every or min(max(10, (self.k - self.hyper.warmup_steps) // 10), 100)
+
+    def step(self, loss: Loss, z: Signs = None, gradient: Sequence[Tensor] | None = None) -> None:
+        """Refresh if that is due, then update.
+
+        Args:
+            loss: Scalar, twice differentiable function of the list of layers (of each), without weight decay.
+            z: One +1 or −1 per layer, for a refresh with "signs".
+            gradient: Stands for the gradient in the update, not in the refresh: what clipping made of it.
+        """
+        h, sign, sizes = self.hyper, -1 if self.hyper.maximize else 1, [w.numel() for w in self.W]
+        l2 = 0.0 if self.adam else h.weight_decay
+        W = [w.clone().requires_grad_() for w in self.W]
+        g = [g_i + l2 * w for g_i, w in zip(torch.autograd.grad(sign * loss(W), W), self.W, strict=True)]
+        if self.k == self.due:
+            H = torch.func.hessian(lambda x: sign * loss(list(x.split(sizes))))(torch.cat(self.W))
+            self._refresh(g, H, z)
+            self.last_k, self.due = self.k, self.k + self.interval
+        if gradient is not None:
+            g = [sign * g_i + l2 * w for g_i, w in zip(gradient, self.W, strict=True)]
+        for i, g_i in enumerate(g):
+            self._update(i, g_i)
+        self.k, self.share = self.k + 1, h.betas[0] if self.adam else h.momentum
+
+    def _moments(self, i: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        h, n = self.hyper, self.n[i] + 1
+        beta1, beta2 = h.betas if self.adam else (h.momentum, 0.0)
+        m, v = beta1 * self.m[i] + (1 - beta1) * g, beta2 * self.v[i] + (1 - beta2) * g**2
+        D = 1 / ((v / (1 - beta2**n)).sqrt() + h.eps) if self.adam else torch.ones_like(g)
+        return m, v, m / (1 - beta1**n), D  # m⁺, v⁺, m̂, D
+
+    def _refresh(self, g: list[Tensor], H: Tensor, z: Signs) -> None:
+        h, d, layers, start = self.hyper, [], [], 0
+        for i, g_i in enumerate(g):
+            d.append(-self._moments(i, g_i)[-1] * g_i)
+            layers.append(slice(start, start := start + g_i.numel()))
+        T = self.interval if self.last_k is None else self.k - self.last_k
+        horizon = max(100, 5 * T) if h.rate_horizon is None else h.rate_horizon
+        beta = math.exp(-T / horizon) if horizon > 0 else 0.0
+        for i, c in enumerate(curvature(H, torch.cat(d), layers, h.curvature, z)):
+            count, rho, q = self.events[i], -g[i] @ d[i], d[i] @ d[i]
+            delta2 = c.abs() + h.weight_decay * q
+            t = closed_form(rho, delta2, h.self_concordance).item()
+            count["negative"] += int(c < 0)
+            finite = rho.isfinite() and delta2.isfinite() and (math.isfinite(t) or rho <= 0)
+            if not finite or rho <= 0:
+                count["nondescent" if finite else "nonfinite"] += 1
+                continue
+            self.last[i] = {"descent": rho.item(), "curvature": c.item(), "q": q.item()}
+            limit = h.max_growth * self.rate[i] if count["refreshes"] > 0 else math.inf
+            count["growth"] += int(t > limit)
+            self.E[i] = beta * self.E[i] + (1 - beta) * min(t, limit)
+            self.w[i] = beta * self.w[i] + (1 - beta)
+            count["refreshes"] += 1
+
+    def _update(self, i: int, g: Tensor) -> None:
+        h, self.applied[i], alive = self.hyper, 0.0, (g * g).isfinite()
+        beta1 = h.betas[0] if self.adam else h.momentum
+        if h.schedule_free and beta1 != self.share:  # changed by a scheduler: mix anew
+            self.W[i] = beta1 * self.X[i] + (1 - beta1) * self.Z[i]
+        W = self.W[i]
+        self.events[i]["skipped"] += int(not alive.all())
+        if not (alive.any() or alive.all()):
+            return
+        m, v, m_hat, D = self._moments(i, g)
+        self.m[i], self.v[i] = torch.where(alive, m, self.m[i]), torch.where(alive, v, self.v[i])
+        self.n[i] += 1
+        d, since = torch.where(alive, -D * (g if h.schedule_free else m_hat), 0.0), self.k - h.warmup_steps
+        decay = h.weight_decay if self.adam else 0.0
+        G = 1 / math.sqrt(1 - beta1 + beta1 / (self.k + 1)) if h.schedule_free and self.w[i] > 0 else 1.0
+        rate = G * self.rate[i] if since >= 0 else h.warmup_rate
+        ramp = min(1.0, (since + 1) / h.ramp_steps) if since >= 0 and h.ramp_steps > 0 else 1.0
+        a = (h.cap * W.norm().clamp(min=0.01 * math.sqrt(W.numel())) / d.norm()).item()  # Inf where d = 0
+        a = min(a, h.cap / decay) if decay > 0 else a  # decaying by more than `cap` is a runaway as well
+        self.events[i]["capped"] += int(rate > a)
+        r = self.applied[i] = min(rate, a) * h.lr * ramp
+        if h.schedule_free:
+            self.Z[i] = torch.where(alive, self.Z[i] + r * (d - decay * W), self.Z[i])
+            self.X[i] = torch.where(alive, self.X[i] + (self.Z[i] - self.X[i]) / self.n[i], self.X[i])
+            self.W[i] = beta1 * self.X[i] + (1 - beta1) * self.Z[i]
+        else:
+            self.W[i] = torch.where(alive, (1 - r * decay) * W + r * d, W)
+
+
+class ReferenceSGDLW(Reference):
+    """SGD-m-LW: momentum as an average, L2 weight decay."""
+
+    adam, defaults = False, Hyper(cap=0.15, ramp_steps=50)
+
+
+class ReferenceAdamWLW(Reference):
+    """AdamW-LW: Adam's direction, decoupled weight decay."""
+
+    adam, defaults = True, Hyper(weight_decay=0.01, warmup_rate=1e-3)

@@ -1,0 +1,367 @@
+"""The compiled update against the one in plain torch, and the operators themselves.
+
+Catches: a formula, order or rounding that differs between the two; memory orders, odd sizes and alignments that lose
+elements; the second pass (layers near their cap, layers that turn out to be capped) giving another step than the first;
+an extension of another torch being loaded; errors that come after something was changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+from cases import CASE_IDS, CASES, OPTIMIZERS, batches, small_net, train
+
+from lwas_fast import AdamWLW
+from lwas_fast.table import Column
+from lwas_fast.update import extension
+
+pytestmark = pytest.mark.skipif(extension.EXTENSION is None, reason=f"no compiled update: {extension.MISSING}")
+WITH_MOMENTUM = {f"{kind}_m": partial(cls, schedule_free=False) for kind, cls in OPTIMIZERS.items()}
+KINDS = {**OPTIMIZERS, **WITH_MOMENTUM}
+EACH = pytest.mark.parametrize("kind", KINDS)
+# Absolute and relative; about three times the worst seen. Half precision: one unit in the last place, also of what a
+# weight near 0 was before.
+TOLERANCE = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-4, 8e-3), torch.float16: (1e-5, 1e-3)}
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def assert_close(one: list[torch.Tensor], two: list[torch.Tensor], factor: float = 1.0) -> None:
+    for a, b in zip(one, two, strict=True):
+        atol, rtol = TOLERANCE[a.dtype]
+        torch.testing.assert_close(a, b, atol=factor * atol, rtol=factor * rtol, equal_nan=True)
+
+
+def both(kind: str, params: list[torch.Tensor], **options: object) -> list[tuple[list, torch.optim.Optimizer]]:
+    """The same parameters twice, under the compiled and the plain update; tensors named to be layers of two."""
+    found = []
+    for implementation in ({"fused": True}, {"foreach": True}):
+        own = copy.deepcopy(params)
+        named = [(f"layer{i // 2}.{i % 2}", p) for i, p in enumerate(own)]
+        found.append((own, KINDS[kind](named, update_every=10**9, warmup_steps=10**9, **options, **implementation)))
+    return found
+
+
+def step_alike(pairs: list, gradients: list[torch.Tensor]) -> None:
+    for params, opt in pairs:
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone(memory_format=torch.preserve_format)
+        opt.step()
+
+
+def compare(pairs: list, factor: float = 1.0) -> None:
+    (mine, one), (theirs, two) = pairs
+    assert_close(mine, theirs, factor)
+    for p, q in zip(mine, theirs, strict=True):
+        assert one.state[p].keys() == two.state[q].keys()
+        for name, value in one.state[p].items():
+            if name == "offset" and p.dtype != torch.float32:
+                # Rounded to another neighbour, which is rare, a weight's state goes on from there.
+                far = (value - two.state[q][name]).abs() > 1e-6 * factor + 1e-5 * value.abs()
+                assert far.sum() <= 1 + 0.05 * far.numel()
+                continue
+            torch.testing.assert_close(
+                value, two.state[q][name], atol=1e-6 * factor, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("kind", "name", "options"), CASES, ids=CASE_IDS)
+def test_training_agrees_over_the_table_of_options(kind, name, options, dtype, device):
+    if dtype == torch.float16 and name != "defaults":
+        pytest.skip("two half precisions differ in the loads and stores only")
+    found, data = [], batches(8 if dtype == torch.float32 else 2, dtype)
+    data = [(x.to(device), y.to(device)) for x, y in data]
+    for implementation in ("fused", "foreach"):
+        model = small_net(dtype).to(device)
+        train(OPTIMIZERS[kind](model.named_parameters(), **options, **{implementation: True}), model, data)
+        found.append([p.detach() for p in model.parameters()])
+    # Rates measured after the first step differ by the rounding of the weights.
+    assert_close(*found, factor=10 if name == "no_cap" or dtype != torch.float32 else 1)
+
+
+SIZES = [0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 4095, 4097, 16383, 16384, 16385, 40000]
+
+
+@EACH
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_sizes_and_alignments(kind, dtype, offset, device):
+    params = [torch.randn(n + offset, dtype=dtype, device=device)[offset:].requires_grad_() for n in SIZES]
+    pairs = both(kind, params)
+    for _ in range(3):
+        step_alike(pairs, [torch.randn_like(p) for p in params])
+    compare(pairs)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_orders(kind, dtype, device):
+    square = torch.randn(12, 7, dtype=dtype)
+    images = torch.randn(4, 3, 5, 5, dtype=dtype)
+    params = [
+        square.t(),  # dense, another order
+        images.contiguous(memory_format=torch.channels_last),
+        torch.randn(12, 14, dtype=dtype)[:, ::2],  # not dense
+        torch.randn(6, 8, dtype=dtype)[:, 2:5],
+        torch.randn((), dtype=dtype),
+    ]
+    params = [p.to(device).detach().requires_grad_() for p in params]
+    pairs = both(kind, params)
+    for k in range(3):
+        gradients = [
+            torch.randn(p.shape, dtype=dtype, device=device) for p in params
+        ]  # contiguous: not the parameter's order
+        if k == 1:
+            gradients[0] = torch.randn(7, 1, dtype=dtype, device=device).expand(7, 12)
+        step_alike(pairs, gradients)
+    compare(pairs)
+    for params, _ in pairs:
+        assert params[0].stride() == (1, 7)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_turn_out_capped_after_the_first_pass(kind, dtype, device):
+    """Steps far from the cap, then a gradient a hundred times as large: moved, found capped, corrected."""
+    params = [torch.randn(n, dtype=dtype, device=device).requires_grad_() for n in (3000, 50)]
+    options = {"cap": 0.02, "warmup_rate": 4e-3, "weight_decay": 0.1}
+    options |= {"betas": (0.0, 0.9999)} if kind.startswith("adamw") else {"momentum": 0.5}
+    pairs = both(kind, params, **options)
+    (_, one), (_, two) = pairs
+    counts = []
+    for scale in [1] * 100 + [100, 100, 0.01, 1, 100]:
+        step_alike(pairs, [scale * torch.randn_like(p) for p in params])
+        assert [r["capped"] for r in one.diagnostics().values()] == [r["capped"] for r in two.diagnostics().values()]
+        counts.append(one.diagnostics()["layer0"]["capped"])
+    assert counts[99] == 0
+    assert counts[99] < counts[100] < counts[-1]
+    if dtype == torch.float32:
+        compare(pairs, factor=5)
+    else:  # what was moved and moved back has been rounded once more, at the weights' own size, in each of a few steps
+        for p, q in zip(pairs[0][0], pairs[1][0], strict=True):
+            torch.testing.assert_close(p, q, atol=2**-6, rtol=2**-6)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [1e2, 1e3, 3e4])
+def test_a_runaway_after_quiet_steps_costs_no_weight(kind, dtype, size, device):
+    """The direction was nearly 0: nothing speaks of a cap, and the uncapped step is far outside the dtype's reach."""
+    options = {"warmup_rate": 100.0} | ({"betas": (0.0, 0.9)} if kind.startswith("adamw") else {"momentum": 0.0})
+    pairs = both(kind, [torch.full((8,), 0.5, dtype=dtype, device=device).requires_grad_()], **options)
+    for gradient in (0.0, 1e-6, size, -size, 0.0, 0.1):
+        step_alike(pairs, [torch.full((8,), gradient, dtype=dtype, device=device)])
+        assert_close(pairs[0][0], pairs[1][0], factor=4)  # not the norms: they show a unit in the last place
+
+
+@EACH
+def test_not_finite_gradients_leave_their_elements_alone(kind, device):
+    params = [torch.randn(n, device=device).requires_grad_() for n in (40, 9, 5)]
+    pairs = both(kind, params, weight_decay=0.1)
+    step_alike(pairs, [torch.randn_like(p) for p in params])
+    before = [p.clone() for p in pairs[0][0]]
+    state = copy.deepcopy([pairs[0][1].state[p] for p in pairs[0][0]])
+    gradients = [torch.randn_like(p) for p in params]
+    gradients[0][3], gradients[0][7], gradients[0][11] = torch.nan, torch.inf, 1e30  # whose square overflows
+    gradients[2].fill_(torch.nan)
+    step_alike(pairs, gradients)
+    compare(pairs)
+    mine, opt = pairs[0]
+    for i in (3, 7, 11):
+        assert mine[0][i] == before[0][i]
+        assert all(opt.state[mine[0]][name][i] == state[0][name][i] for name in opt.rule.buffers(opt.param_groups[0]))
+    assert (mine[0] != before[0]).sum() == 37
+    assert torch.equal(mine[2], before[2])
+    assert opt.state[mine[2]]["step"] == 1  # a layer of which nothing moves does not count
+    assert opt.state[mine[0]]["step"] == 2
+    assert [row["skipped"] for row in opt.diagnostics().values()] == [1, 1]
+
+
+@EACH
+def test_a_step_worked_by_hand(kind):
+    p = torch.tensor([1.0, -2.0, 3.0, -4.0]).requires_grad_()
+    opt = KINDS[kind]([p], warmup_rate=0.01, warmup_steps=5, weight_decay=0.5, cap=1e9, fused=True)
+    p.grad = torch.tensor([0.5, -0.5, 1.0, 0.0])
+    opt.step()
+    if kind.startswith("adamw"):  # bias correction makes the first direction -sign(g); decay 1 - 0.01 * 0.5
+        expected = [0.995 - 0.01, -1.99 + 0.01, 2.985 - 0.01, -3.98]
+    else:  # and the first momentum g + 0.5 W = (1, -1.5, 2.5, -2)
+        expected = [1 - 0.01, -2 + 0.015, 3 - 0.025, -4 + 0.02]
+    torch.testing.assert_close(p.detach(), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+@EACH
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_what_a_grad_scaler_sets(kind, found, device):
+    params = [torch.randn(n, device=device).requires_grad_() for n in (30, 4)]
+    pairs = both(kind, params)
+    plain = both(kind, params)
+    step_alike(pairs, [torch.ones_like(p) for p in params])
+    step_alike(plain, [torch.ones_like(p) for p in params])
+    gradients = [torch.randn_like(p) for p in params]
+    before = [p.clone() for p in pairs[0][0]]
+    rows = pairs[0][1].diagnostics()
+    for _, opt in pairs:
+        opt.grad_scale, opt.found_inf = torch.tensor(256.0, device=device), torch.tensor(found, device=device)
+    step_alike(pairs, [g * 256 for g in gradients])
+    compare(pairs)
+    if found:
+        assert all(torch.equal(a, b) for a, b in zip(before, pairs[0][0], strict=True))
+        assert pairs[0][1].diagnostics() == rows
+    else:
+        step_alike(plain, gradients)
+        compare([pairs[0], plain[0]])
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_lists_agree(kind, dtype):
+    """What fuzz_update.cpp cannot reach: views, orders and gradients as torch has them."""
+    dice = torch.Generator().manual_seed(5)
+
+    def number(high: int) -> int:
+        return int(torch.randint(high, (), generator=dice))
+
+    def tensor(kept: bool) -> torch.Tensor:
+        shape = [number(20) for _ in range(1 + number(3))]
+        made = torch.randn([n + 2 for n in shape], generator=dice).to(dtype)
+        for axis, n in enumerate(shape):
+            made = made.narrow(axis, number(3), n)
+        made = made.transpose(0, -1) if number(2) else made
+        return made if kept else made.contiguous()
+
+    for _ in range(60):
+        params = [tensor(kept=bool(number(2))).detach().requires_grad_() for _ in range(number(8) + 1)]
+        pairs = both(kind, params, cap=[0.01, 10.0][number(2)])
+        for _ in range(2):
+            step_alike(pairs, [torch.randn(p.shape, generator=dice).to(dtype) * 10 ** number(3) for p in params])
+        compare(pairs, factor=4)
+
+
+@EACH
+def test_versions_go_up(kind):
+    p = torch.randn(5).requires_grad_()
+    opt = KINDS[kind]([p], fused=True)
+    saved = (p * p).sum()  # keeps p for its backward
+    p.grad = torch.ones(5)
+    version = p._version
+    opt.step()
+    assert p._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+def operator_arguments(kind: str) -> tuple:
+    schedule_free = kind in OPTIMIZERS
+    params, grads, first, second = ([torch.rand(4, 3), torch.rand(5)] for _ in range(4))
+    table, steps = torch.zeros(1, len(Column)), torch.zeros(2)
+    where, control = torch.tensor([[0, 0], [0, 1]]), [1.0, 1.0, 1e-2, 3.0, 0.1, 10.0, 0.01, 2.0]
+    common = (table, steps, where, control, False)
+    if kind.startswith("adamw"):
+        return (params, grads, first, second, *common, 0.9, 0.999, 1e-8, 0.01, False, schedule_free)
+    return (params, grads, first, *common, 0.9, 0.01, False, schedule_free)
+
+
+@EACH
+def test_opcheck(kind):
+    operator = getattr(torch.ops.lwas_fast, f"{kind.removesuffix('_m')}_step").default
+    assert set(torch.library.opcheck(operator, operator_arguments(kind)).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "error", "words"),
+    [
+        (1, [torch.rand(4, 3)], ValueError, "different lengths"),
+        (1, [torch.rand(4, 3), torch.rand(5).double()], TypeError, r"grads\[1\] is Double, not Float"),
+        (1, [torch.rand(3, 4), torch.rand(5)], ValueError, r"grads\[0\] is of shape \[3, 4\]"),
+        (2, [torch.rand(4, 3), torch.rand(5).half()], TypeError, r"first moments\[1\] is Half"),
+        (4, torch.zeros(1, 3), ValueError, "table must be"),
+        (5, torch.zeros(2).double(), ValueError, "steps must be"),
+        (6, torch.tensor([[0, 0], [7, 1]]), ValueError, r"where\[1\]: row 7"),
+        (6, torch.tensor([[0, 0], [0, 2]]), ValueError, r"where\[1\]: place 2"),
+        (7, [1.0], ValueError, "control has 1 numbers"),
+    ],
+)
+def test_operator_refuses_before_it_changes_anything(position, value, error, words):
+    arguments = list(operator_arguments("adamw"))
+    arguments[position] = value
+    before = copy.deepcopy(arguments[0])
+    with pytest.raises(error, match=words):
+        torch.ops.lwas_fast.adamw_step(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(before, arguments[0], strict=True))
+
+
+def test_columns_are_those_of_the_rates():
+    columns = extension.EXTENSION.build_info()["columns"]
+    assert columns.pop("count") == len(Column)
+    assert columns == {name: Column[name] for name in columns}
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 58])
+@pytest.mark.parametrize("count", [0, 1, 57, 58, 59, 1000])
+def test_plan_covers_every_chunk_once(count, capacity):
+    sizes = torch.randint(0, 300, (count,)).tolist()
+    chunks = [max(1, -(-size // 32)) for size in sizes]
+    seen_tensors, seen_chunks = [], 0
+    for first, last, start, total in extension.EXTENSION.plan(sizes, chunk=32, capacity=capacity):
+        assert 0 < last - first <= capacity
+        assert start == seen_chunks
+        assert total == sum(chunks[first:last])
+        seen_tensors += range(first, last)
+        seen_chunks += total
+        starts = [sum(chunks[first:i]) for i in range(first, last)]
+        owners = [extension.EXTENSION.tensor_of(starts, chunk) for chunk in range(total)]
+        assert owners == [i for i in range(last - first) for _ in range(chunks[first + i])]
+    assert seen_tensors == list(range(count))
+    assert seen_chunks == sum(chunks)
+
+
+def test_plan_counts_past_32_bits():
+    launches = extension.EXTENSION.plan([2**40, 5], chunk=1024, capacity=58)
+    assert launches == [(0, 2, 0, 2**30 + 1)]
+
+
+def test_extension_of_another_torch_is_named_and_the_plain_update_serves(monkeypatch):
+    module, reason = extension.load_extension("9.8.7")
+    assert module is None
+    assert re.search(rf"built for torch .*{'.'.join(torch.__version__.split('.')[:2])}.*this is torch 9.8.7", reason)
+    monkeypatch.setattr(extension, "EXTENSION", None)
+    monkeypatch.setattr(extension, "MISSING", reason)
+    p = torch.randn(5).requires_grad_()
+    with pytest.raises(RuntimeError, match="fused=True.*no compiled update.*9.8.7.*build it anew"):
+        AdamWLW([p], fused=True)
+    opt = AdamWLW([p])
+    p.grad = torch.ones(5)
+    before = p.detach().clone()
+    opt.step()
+    assert not torch.equal(p, before)
+
+
+def test_extension_of_other_sources_is_named(monkeypatch):
+    monkeypatch.setattr(extension, "INTERFACE", 1)
+    module, reason = extension.load_extension()
+    assert module is None
+    assert "another state of the sources; build it anew" in reason
+
+
+def test_which_implementation_serves():
+    def compiled(dtype: torch.dtype = torch.float32, **options: object) -> bool:
+        opt = AdamWLW([torch.zeros(3, dtype=dtype).requires_grad_()], **options)
+        return extension.serves(opt.rule, opt.param_groups[0], opt._layout.buckets[0])
+
+    assert compiled() and compiled(torch.bfloat16) and compiled(fused=True)
+    plain = (compiled(torch.float64), compiled(fused=False), compiled(foreach=True), compiled(foreach=False))
+    assert not any(plain)
+    with pytest.raises(RuntimeError, match="float64 parameters"):
+        compiled(torch.float64, fused=True)
