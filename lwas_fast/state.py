@@ -29,7 +29,7 @@ Groups: TypeAlias = "Sequence[dict[str, Any]]"
 
 def labelled(groups: Groups) -> list[dict[str, Any]]:
     """Copies of groups that say what their state is."""
-    return [{**group, "state_version": VERSION, "columns": COLUMNS} for group in groups]
+    return [{**group, "state_version": VERSION, "columns": list(COLUMNS)} for group in groups]
 
 
 def _columns_of(group: dict[str, Any]) -> list[str]:
