@@ -94,21 +94,26 @@ def loss_of_vectors(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[
     return loss
 
 
+def usual(opt: torch.optim.Optimizer, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    """PyTorch's usual closure."""
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss
+
+    return closure
+
+
 def train(
     opt: torch.optim.Optimizer, model: nn.Module, data: list[tuple[Tensor, Tensor]], how: str = "autograd"
 ) -> list[float]:
     """Train over the batches in one of the ways a user may write it; return the losses."""
     losses = []
     for batch in data:
-
-        def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
-            opt.zero_grad()
-            loss = loss_of(model, batch)
-            loss.backward()
-            return loss
-
         if how == "closure":
-            loss = opt.step(closure)
+            loss = opt.step(usual(opt, model, batch))
         else:
             opt.zero_grad()
             loss = loss_of(model, batch)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-# Small tensors gain nothing from many threads, and CI machines have few cores.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Small tensors gain nothing from many threads, and CI machines have few cores: pytest-xdist's workers take one each.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 # Triton's kernels run in its interpreter where there is no GPU; it reads this when it is imported.

@@ -1,0 +1,168 @@
+"""Two replicas under DistributedDataParallel.
+
+Catches: replicas that drift apart or differ from one process on the joint batch; a mode that would let them.
+"""
+
+from __future__ import annotations
+
+import traceback
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+from cases import batches, loss_of, small_net, usual
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lwas_fast import AdamWLW, CurvatureError
+
+
+def train_with(how, opt, model, batch):
+    """One step: PyTorch's closure; autograd; or autograd on the second half after accumulating the first."""
+    if how.startswith("closure"):
+        opt.step(usual(opt, model, batch))
+        return
+    ddp = model if isinstance(model, DistributedDataParallel) else None
+    x, y = batch
+    parts = [(x[0::2], y[0::2]), (x[1::2], y[1::2])] if how == "accumulated" else [batch]
+    opt.zero_grad()
+    for part in parts:
+        last = part is parts[-1]
+        with nullcontext() if last or ddp is None else ddp.no_sync():
+            opt.backward(loss_of(model, part) / len(parts), last=last, ddp=ddp)
+    opt.step()
+
+
+def replica(how: str, rank: int):
+    model = small_net()
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view="views" in how)
+    opt = AdamWLW(model.named_parameters(), update_every=2)
+    for x, y in batches(6):
+        half = slice(8 * rank, 8 * rank + 8)
+        train_with(how, opt, parallel, (x[half], y[half]))
+    return model.state_dict(), opt.rates()
+
+
+class Branches(nn.Module):
+    """Two branches, of which each replica takes its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(3, 4, dtype=torch.float64)
+        self.branches = nn.ModuleList(nn.Linear(4, 1, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x, which):
+        return self.branches[which](torch.tanh(self.body(x))).square().mean()
+
+
+def branches(rank: int):
+    model = Branches()
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    opt = AdamWLW(model.named_parameters(), update_every=1)
+    torch.manual_seed(rank)
+    for _ in range(4):
+        opt.zero_grad()
+        opt.backward(parallel(torch.randn(5, 3, dtype=torch.float64), rank), ddp=parallel)
+        opt.step()
+    return model.state_dict(), opt.diagnostics()
+
+
+def refusals(rank: int):
+    model, (batch,) = small_net(), batches(1)
+    said = []
+
+    def refused(opt, loss, **keywords):
+        with pytest.raises(CurvatureError) as error:
+            opt.backward(loss, **keywords)
+        said.append(str(error.value))
+
+    parallel = DistributedDataParallel(model, static_graph=True)
+    opt = AdamWLW(model.named_parameters())
+    refused(opt, loss_of(model, batch))
+    refused(opt, loss_of(model, batch), ddp=parallel)
+    with pytest.raises(TypeError, match="DistributedDataParallel module"):
+        opt.backward(loss_of(model, batch), ddp=model)
+    assert all(p.grad is None for p in model.parameters())
+    differences = AdamWLW(model.named_parameters(), hvp="finite_difference")
+    differences.backward(lambda: loss_of(model, batch), last=False)
+    refused(differences, lambda: loss_of(model, batch))
+    other = small_net()
+    other[0].weight.register_hook(lambda grad: 2 * grad)
+    parallel = DistributedDataParallel(other)
+    refused(AdamWLW(other.named_parameters()), loss_of(parallel, batch), ddp=parallel)
+    assert all(p.grad is None for p in other.parameters())
+    return said
+
+
+WAYS = ["closure", "closure, bucket views", "autograd", "autograd, bucket views"]
+SCENARIOS = {how: partial(replica, how) for how in (*WAYS, "accumulated")}
+SCENARIOS |= {"branches": branches, "refusals": refusals}
+
+
+def _run(rank: int, folder: str) -> None:
+    """Run all scenarios in one process group; a failure of one is kept and told by its own test."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    for name, scenario in SCENARIOS.items():
+        torch.manual_seed(0)
+        try:
+            result = scenario(rank)
+        except Exception:
+            result = traceback.format_exc()
+        torch.save(result, f"{folder}/{name} {rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_both(tmp_path_factory):
+    """What each replica returned of a scenario; both are started once for all tests, which takes seconds."""
+    folder = tmp_path_factory.mktemp("replicas")
+    torch.multiprocessing.spawn(_run, (str(folder),), nprocs=2)
+
+    def results(name):
+        found = [torch.load(folder / f"{name} {rank}") for rank in (0, 1)]
+        for result in found:
+            assert not isinstance(result, str), result
+        return found
+
+    return results
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_two_replicas_equal_one_process_on_the_joint_batch(of_both, how):
+    (one, rates), (two, same) = of_both(how)
+    assert rates == same
+    model: nn.Module = small_net()
+    opt = AdamWLW(model.named_parameters(), update_every=2)
+    for batch in batches(6):
+        train_with(how, opt, model, batch)
+    for name, value in model.state_dict().items():
+        assert torch.equal(one[name], two[name])
+        torch.testing.assert_close(one[name], value, rtol=1e-6, atol=1e-8)
+    for name, rate in opt.rates().items():
+        assert rates[name] == pytest.approx(rate, rel=1e-5)
+
+
+def test_replicas_that_accumulate_stay_alike(of_both):
+    """They measure along the whole window's gradient, not, as in one process, along its last part's."""
+    (one, rates), (two, same) = of_both("accumulated")
+    assert rates == same and all(rate > 0 for rate in rates.values())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_parameter_that_one_replica_does_not_use(of_both):
+    (one, found), (two, same) = of_both("branches")
+    assert found == same and len(found) == 3
+    assert all(row["refreshes"] == 4 and row["curvature"] != 0 for row in found.values())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_would_let_replicas_drift_apart_is_refused(of_both):
+    said, _ = of_both("refusals")
+    for message, words in zip(said, ("ddp=model", "static_graph", "autograd", "register_hook"), strict=True):
+        assert words in message and "opt.step(closure)" in message
