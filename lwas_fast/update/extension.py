@@ -23,19 +23,20 @@ def load_extension(version: str = torch.__version__) -> tuple[ModuleType | None,
     """
     wanted = "_C_torch" + "_".join(version.split(".")[:2])
     rebuild = "pip install --no-build-isolation --force-reinstall --no-deps lwas_fast"
+    # Looked for here, for the import system may know of another clone's.
+    found = sorted(path.name.split(".")[0] for path in Path(__file__).parents[1].glob("_C_torch*"))
+    if not found:
+        return None, "it was not built (no C++ compiler then, or LWAS_FAST_BUILD=none)"
+    if wanted not in found:
+        built = ", ".join(name.removeprefix("_C_torch").replace("_", ".") for name in found)
+        return None, f"it was built for torch {built}, and this is torch {version}; build it anew: {rebuild}"
     try:
         module = importlib.import_module(f"lwas_fast.{wanted}")
-        if module.build_info().get("interface") != INTERFACE:  # an editable installation whose sources went on
-            return None, f"it is of another state of the sources; build it anew: {rebuild}"
-        return module, ""
     except ImportError as error:
-        found = sorted(path.name.split(".")[0] for path in Path(__file__).parents[1].glob("_C_torch*"))
-        if wanted in found:
-            return None, f"it cannot be loaded ({error}); build it anew: {rebuild}"
-        if found:
-            built = ", ".join(name.removeprefix("_C_torch").replace("_", ".") for name in found)
-            return None, f"it was built for torch {built}, and this is torch {version}; build it anew: {rebuild}"
-        return None, "it was not built (no C++ compiler then, or LWAS_FAST_BUILD=none)"
+        return None, f"it cannot be loaded ({error}); build it anew: {rebuild}"
+    if module.build_info().get("interface") != INTERFACE:  # an editable installation whose sources went on
+        return None, f"it is of another state of the sources; build it anew: {rebuild}"
+    return module, ""
 
 
 EXTENSION, MISSING = load_extension()
