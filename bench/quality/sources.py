@@ -22,13 +22,8 @@ from bench.data import Images
 
 @cache
 def fashion() -> Images:
-    """Fashion-MNIST; Debian's also where LWAS_FAST_DATA names a folder that holds other data only."""
-    try:
-        return data.load_fashion_mnist()
-    except FileNotFoundError:
-        if not data.DEBIAN_FOLDER.is_dir():
-            raise
-        return data.load_fashion_mnist(data.DEBIAN_FOLDER)
+    """Fashion-MNIST, read once."""
+    return data.load_fashion_mnist()
 
 
 def unit_range(x: Tensor) -> Tensor:
