@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.demo.data import DEBIAN_FOLDER, Images, load_fashion_mnist
+from examples.demo.data import Images, load_fashion_mnist
 
-__all__ = ["DEBIAN_FOLDER", "Graph", "Images", "load_cifar10", "load_cora", "load_fashion_mnist"]
+__all__ = ["Graph", "Images", "load_cifar10", "load_cora", "load_fashion_mnist"]
 
 CIFAR10_SIZES = {"train": 50_000, "test": 10_000}
 CIFAR10_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
