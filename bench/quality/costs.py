@@ -53,7 +53,7 @@ def short(path: Path) -> list[str]:
 def steps(path: Path) -> list[str]:
     """A line for each case and model, with memory."""
     told, where = load(path)
-    columns = {"ordinary step": "ratio", "step that measures": "ratio_measuring", "mean of 500": "ratio_mean"}
+    columns = {"mean of 500": "ratio_mean", "ordinary step": "ratio", "step that measures": "ratio_measuring"}
     if any("ratio_update" in info for info in told):
         columns["`opt.step()` alone"] = "ratio_update"
     memory = {"memory, ordinary": "peak_bytes", "memory, measuring": "peak_bytes_measuring"}

@@ -29,7 +29,7 @@ HEADLINE = {  # the README's tasks, which it orders by where AdamWLW does worst
     "ae_curves": "autoencoder, curves",
     "ae_faces": "autoencoder, faces",
     "transformer": "transformer, characters",
-    "masked": "transformer, hidden characters",
+    "masked": "transformer, masked characters",
     "vit": "ViT, CIFAR-10",
     "lstm": "LSTM, characters",
     "gcn": "GCN, Cora",

@@ -26,7 +26,10 @@ def load_extension(version: str = torch.__version__) -> tuple[ModuleType | None,
     # Looked for here, for the import system may know of another clone's.
     found = sorted(path.name.split(".")[0] for path in Path(__file__).parents[1].glob("_C_torch*"))
     if not found:
-        return None, "it was not built (no C++ compiler then, or LWAS_FAST_BUILD=none)"
+        return None, (
+            "it was not built here (a clone's sources, while the installed package is elsewhere; or a build without "
+            "--no-build-isolation, without a C++ compiler, or with LWAS_FAST_BUILD=none)"
+        )
     if wanted not in found:
         built = ", ".join(name.removeprefix("_C_torch").replace("_", ".") for name in found)
         return None, f"it was built for torch {built}, and this is torch {version}; build it anew: {rebuild}"
