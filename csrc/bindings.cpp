@@ -249,13 +249,13 @@ TORCH_LIBRARY_IMPL(lwas_fast, Meta, m) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "What was built, for lwas_fast.update.compiled; the operators are torch.ops.lwas_fast's.";
+  m.doc() = "What was built, for lwas_fast.update.extension; the operators are torch.ops.lwas_fast's.";
   m.def(
       "build_info",
       [] {
         pybind11::dict info;
         info["torch"] = TORCH_VERSION;
-        info["interface"] = 3;  // lwas_fast.update.compiled.INTERFACE
+        info["interface"] = 3;  // lwas_fast.update.extension.INTERFACE
 #ifdef LWAS_CUDA
         info["cuda"] = LWAS_CUDA;  // the architectures that were asked for
 #else

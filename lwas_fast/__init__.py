@@ -26,6 +26,7 @@ if importlib.machinery.PathFinder.find_spec("lwas_fast.triton_kernels", __path__
     if _spec is not None and _spec.loader is not None:
         sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules[_spec.name])
+        triton_kernels = sys.modules[_spec.name]
 
 from lwas_fast.adamw import AdamWLW
 from lwas_fast.errors import CurvatureError

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
-from lwas_fast.layers import LayerRule
+from lwas_fast.layers import Grouping
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
 from lwas_fast.rule import Here, Moving, Rule, bias_correction, each
@@ -27,14 +27,14 @@ class AdamWRule(Rule):
     """Adam's direction, decoupled weight decay."""
 
     name = "AdamWLW"
-    with_momentum = ("exp_avg", "exp_avg_sq")
-    schedule_free = ("offset", "exp_avg_sq")
-    caps = (0.2, 0.1)
+    buffers_with_momentum = ("exp_avg", "exp_avg_sq")
+    buffers_schedule_free = ("offset", "exp_avg_sq")
+    cap_schedule_free, cap_with_momentum = 0.2, 0.1
     decoupled = True
     operator = "adamw_step"
 
     @override
-    def beta(self, group: dict[str, Any]) -> float:
+    def share(self, group: dict[str, Any]) -> float:
         return float(group["betas"][0])
 
     @override
@@ -55,13 +55,12 @@ class AdamWRule(Rule):
         second = [state["exp_avg_sq"] for state in states]
         squares = torch._foreach_mul(moving.gradients, moving.gradients)
         torch._foreach_lerp_(second, moving.taking_part(squares, second), 1 - beta2)
-        steps = moving.count(states)
-        denominators = _denominators(second, steps, group)
+        denominators = _denominators(second, moving.steps, group)
         if group["schedule_free"]:
             return list(torch._foreach_div(moving.gradients, torch._foreach_neg(denominators)))
         first = [state["exp_avg"] for state in states]
         torch._foreach_lerp_(first, moving.taking_part(moving.gradients, first), 1 - beta1)
-        directions = list(torch._foreach_div(first, each(-bias_correction(steps, beta1), moving.weights)))
+        directions = list(torch._foreach_div(first, each(-bias_correction(moving.steps, beta1), moving.weights)))
         torch._foreach_div_(directions, denominators)
         return directions
 
@@ -128,7 +127,7 @@ class AdamWLW(LayerwiseOptimizer):
         cap: float | None = None,
         warmup_rate: float = 1e-3,
         schedule_free: bool = True,
-        layers: LayerRule = None,
+        layers: Grouping = None,
         **common: Unpack[Common],
     ):
         own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

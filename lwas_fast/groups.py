@@ -1,4 +1,9 @@
-"""Parameter groups: what is checked of a new one, and the layers that it is made of."""
+"""Parameter groups: what is checked of a new one, and the layers that it is made of.
+
+Besides its options a group has ``layer_names`` (one a parameter), ``steps`` taken, the steps ``last_refresh`` and
+``next_refresh`` of its measurements (rates/when.py), ``train_mode`` (whether its parameters hold the weights to train
+on) and ``share`` (the average's in them, at the last step; update/average.py).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lwas_fast import options
-from lwas_fast.layers import LayerRule, layer_names
+from lwas_fast.layers import Grouping, layer_names
 
 
 def _checked_parameters(param_group: dict[str, Any], number: int) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def prepare(
     param_group: dict[str, Any],
     earlier: list[dict[str, Any]],
     defaults: dict[str, Any],
-    rule: LayerRule,
+    rule: Grouping,
     optimizer: str,
 ) -> dict[str, Any]:
     """Check a group that is to be added to earlier ones, and name its layers.
@@ -61,7 +66,7 @@ def prepare(
     number = len(earlier)
     group = _checked_parameters(param_group, number)
     where = f" in parameter group {number}"
-    options.check_names(group, (), optimizer)
+    options.refuse_removed(group, optimizer)
     for name in options.WHOLE:
         if name in group:
             raise ValueError(f"{name}={group[name]!r}{where}: it holds for the whole optimizer; pass it there")

@@ -1,4 +1,4 @@
-"""Parameters to layers: which tensors share a rate, and where each layer's numbers live."""
+"""Parameters to layers: which tensors share a rate, what is asked of them, and where each layer's numbers live."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lwas_fast.table import Column
 
-LayerRule: TypeAlias = "Callable[[str], str] | Mapping[str, str] | nn.Module | None"
+Groups: TypeAlias = "Sequence[dict[str, Any]]"
+Grouping: TypeAlias = "Callable[[str], str] | Mapping[str, str] | nn.Module | None"
 
 # A layer's weights may start at zero (biases, the last layer of a residual branch): relative to its own norm it
 # could never move. Its root mean square counts as this much at least (in the manner of Adafactor's epsilon_2).
@@ -44,7 +45,7 @@ def parameter_name(group: dict[str, Any], i: int) -> str:
     return repr(names[i]) if names else f"number {i} of its group, of shape {tuple(group['params'][i].shape)}"
 
 
-def check_dense(groups: Sequence[dict[str, Any]], gradient_of: Callable[[Tensor], Tensor | None]) -> None:
+def check_dense(groups: Groups, gradient_of: Callable[[Tensor], Tensor | None]) -> None:
     """Refuse sparse gradients.
 
     Raises:
@@ -70,7 +71,7 @@ def module_of(name: str) -> str:
     return owner if parametrized else name.rpartition(".")[0] or name
 
 
-def layer_names(params: Sequence[Tensor], names: Sequence[str] | None, rule: LayerRule, first: int = 0) -> list[str]:
+def layer_names(params: Sequence[Tensor], names: Sequence[str] | None, rule: Grouping, first: int = 0) -> list[str]:
     """Name the layer of each parameter.
 
     Args:

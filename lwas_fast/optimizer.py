@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lwas_fast import groups, measure, options, rates, state, update
-from lwas_fast.layers import LayerRule, Layout, check_dense
+from lwas_fast.layers import Grouping, Layout, check_dense
 from lwas_fast.rule import Rule, Scaling
 from lwas_fast.table import COUNTERS, Column
 
@@ -52,8 +52,8 @@ class LayerwiseOptimizer(Optimizer):
     rule: Rule  # the subclass's formulae
     _step_supports_amp_scaling = True  # GradScaler: sets grad_scale and found_inf instead of waiting for the device
 
-    def __init__(self, params: ParamsT, own: dict[str, Any], layers: LayerRule, common: options.Common):
-        options.check_names(common, options.DEFAULTS, self.rule.name)
+    def __init__(self, params: ParamsT, own: dict[str, Any], layers: Grouping, common: options.Common):
+        options.check_names(common, type(self).__name__)
         chosen: dict[str, Any] = {**own, **options.DEFAULTS, **common}
         options.check(chosen)
         self._how = {name: chosen.pop(name) for name in options.WHOLE}
@@ -85,7 +85,8 @@ class LayerwiseOptimizer(Optimizer):
             TypeError: No dictionary, or a parameter that is no tensor.
             ValueError: See the class.
         """
-        group = groups.prepare(param_group, self.param_groups, self.defaults, self._layer_rule, self.rule.name)
+        group = groups.prepare(param_group, self.param_groups, self.defaults, self._layer_rule, type(self).__name__)
+        group |= state.label()
         update.check_fused({**self.defaults, **group})
         super().add_param_group(group)
         self._forget_layout()
@@ -94,22 +95,22 @@ class LayerwiseOptimizer(Optimizer):
     @property
     def _layout(self) -> Layout:
         # Late: a model may move to its device after the optimizer was made.
-        if self._known_layout is None or self._known_layout.state is not self.state:
+        known = self._known_layout
+        if known is not None and (known.state is not self.state or known.groups is not self.param_groups):
+            self._forget_layout()  # somebody put others there; what was measured is of the old rows
+            self._measured = None
+        if self._known_layout is None:
             self._known_layout = Layout(self.param_groups, self.state, self.rule.buffers)
         return self._known_layout
 
-    @property
     def _subject(self) -> measure.Subject:
-        return measure.Subject(self._layout, self.rule, self._how)
-
-    @property
-    def _due(self) -> list[int]:
-        return [number for number, group in enumerate(self.param_groups) if rates.is_due(group)]
+        due = [number for number, group in enumerate(self.param_groups) if rates.is_due(group)]
+        return measure.Subject(self._layout, self.rule, self._how, due, self._window)
 
     @property
     def curvature_due(self) -> bool:
         """Whether the next `backward` or `step(closure)` measures the curvature."""
-        return bool(self._due)
+        return any(map(rates.is_due, self.param_groups))
 
     def rates(self) -> dict[str, float]:
         """Each layer's present rate, as measured (`diagnostics` tells what was applied: after gain, cap, `lr`, ramp).
@@ -199,7 +200,8 @@ class LayerwiseOptimizer(Optimizer):
             )
         if self._window.complete:  # gradients were dropped behind our back (model.zero_grad(), GradScaler)
             self._close_window()
-        value, found = measure.backward(self._subject, loss, self._due if last else [], self._window, scaler, ddp)
+        measures = last and self.curvature_due
+        value, found = measure.backward(self._subject, loss, self._how["hvp"], measures, scaler, ddp)
         if found is not None:
             self._measured = rates.refreshed(found, self.param_groups, self._plans)
         self._window.micro_batches += 1
@@ -244,11 +246,10 @@ class LayerwiseOptimizer(Optimizer):
         return value
 
     def _evaluate(self, closure: Callable[[], Tensor]) -> Tensor:
-        due = self._due
-        replay = measure.Replay(self._layout.params) if due else None
+        replay = measure.Replay([p for g in self.param_groups for p in g["params"]]) if self.curvature_due else None
         value = measure.evaluate(closure)
         if replay is not None and self._measured is None:  # the closure may have called opt.backward, which measures
-            found = measure.again(self._subject, closure, value, replay, due)
+            found = measure.again(self._subject(), closure, value, replay)
             self._measured = rates.refreshed(found, self.param_groups, self._plans)
         return value
 
@@ -262,19 +263,16 @@ class LayerwiseOptimizer(Optimizer):
             stacklevel=3,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Give what `load_state_dict` takes: torch's, each group with a version and its statistics' names."""
-        found = super().state_dict()
-        return {**found, "param_groups": state.labelled(found["param_groups"])}
-
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep; a ``layers=`` rule has done its work and may not be picklable."""
-        kept = super().__getstate__()
-        groups = state.labelled(kept["param_groups"])
-        return {**kept, "param_groups": groups, "_how": self._how, "_layer_rule": None}
+        return {**super().__getstate__(), "_how": self._how, "_layer_rule": None}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         """Restore from pickle, deepcopy or `load_state_dict`; options that an old state lacks get their defaults."""
+        if "_whole" in values:
+            raise ValueError(
+                "an earlier lwas_fast pickled this optimizer: make a new one and load a state_dict() of it"
+            )
         loading = self.__dict__.get("_loading")
         super().__setstate__(values)
         if loading is not None:
@@ -291,10 +289,12 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             ValueError: It does not fit; names the parameter or layer. Nothing has been changed.
         """
+        lost: list[str] = []
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
             state.check(self.rule, self.param_groups, loaded)
             self._loading = loaded
+            lost.extend(state.lost_options(loaded))
 
         handle = self.register_load_state_dict_pre_hook(check)  # last of the hooks: sees what will be loaded
         try:
@@ -302,7 +302,7 @@ class LayerwiseOptimizer(Optimizer):
         finally:
             handle.remove()
             self._loading = None
-        if lost := state.lost_options(state_dict):
+        if lost:
             warnings.warn(
                 f"the saved state was trained with {', '.join(lost)}: options that are gone. Training goes on without",
                 stacklevel=2,

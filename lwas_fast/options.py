@@ -90,7 +90,7 @@ def _betas(value: Any) -> bool:
 
 
 # name -> (check, what is allowed). Every option of every parameter group stands here.
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": _number(0),
     "momentum": _number(0, 1, open_high=True),
     "betas": (_betas, "a pair of numbers, each at least 0 and less than 1"),
@@ -111,19 +111,22 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_names(names: Iterable[str], known: Iterable[str], optimizer: str) -> None:
-    """Refuse keywords that an optimizer does not have, or has no longer.
+def check_names(names: Iterable[str], optimizer: str) -> None:
+    """Refuse keywords that an optimizer does not have; TypeError says which, and what became of a removed one."""
+    refuse_removed(names, optimizer)
+    if unknown := sorted(set(names) - set(DEFAULTS)):
+        raise TypeError(f"{optimizer} has no keyword {unknown[0]!r}")
 
-    In a parameter group, where `known` is empty, others than `REMOVED` pass, as in torch.
 
-    Raises:
-        TypeError: Names the keyword and, of a removed one, what became of it.
-    """
-    for name in sorted(set(names) - set(known)):
-        if name in REMOVED:
-            raise TypeError(f"{optimizer} has no option {name!r} any more: {REMOVED[name][1]}. Leave it out")
-        if known:
-            raise TypeError(f"{optimizer} has no keyword {name!r}")
+def refuse_removed(names: Iterable[str], optimizer: str) -> None:
+    """Refuse options of earlier versions, by a TypeError that says what became of them."""
+    for name in sorted(REMOVED.keys() & set(names)):
+        raise TypeError(f"{optimizer} has no option {name!r} any more: {REMOVED[name][1]}. Leave it out")
+
+
+def wants_plain(group: dict[str, Any]) -> bool:
+    """Whether a group asks for plain torch in place of compiled code."""
+    return group.get("foreach") is not None or group.get("fused") is False
 
 
 def check(options: dict[str, Any], where: str = "") -> None:
@@ -139,8 +142,8 @@ def check(options: dict[str, Any], where: str = "") -> None:
             'same. Leave it out, or take "blocks" (exact, one product a layer)'
         )
     for name, value in options.items():
-        if name in RULES:
-            valid, allowed = RULES[name]
+        if name in RANGES:
+            valid, allowed = RANGES[name]
             if not valid(value):
                 raise ValueError(f"{name}={value!r}{where} is not valid: it must be {allowed}")
     if options.get("fused") and options.get("foreach"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
-from lwas_fast.layers import LayerRule
+from lwas_fast.layers import Grouping
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
 from lwas_fast.rule import Here, Moving, Rule, bias_correction, each
@@ -19,14 +19,14 @@ class SGDRule(Rule):
     """Momentum as an average of the gradient, L2 weight decay."""
 
     name = "SGDLW"
-    with_momentum = ("momentum_buffer",)
-    schedule_free = ("offset",)
-    caps = (0.15, 0.03)
+    buffers_with_momentum = ("momentum_buffer",)
+    buffers_schedule_free = ("offset",)
+    cap_schedule_free, cap_with_momentum = 0.15, 0.03
     decoupled = False
     operator = "sgd_step"
 
     @override
-    def beta(self, group: dict[str, Any]) -> float:
+    def share(self, group: dict[str, Any]) -> float:
         return float(group["momentum"])
 
     @override
@@ -42,12 +42,10 @@ class SGDRule(Rule):
         if decay != 0:
             torch._foreach_add_(moving.gradients, moving.weights, alpha=decay)
         if group["schedule_free"]:
-            moving.count(states)
             return list(torch._foreach_neg(moving.gradients))
         momenta = [state["momentum_buffer"] for state in states]
         torch._foreach_lerp_(momenta, moving.taking_part(moving.gradients, momenta), 1 - beta)
-        correction = bias_correction(moving.count(states), beta)
-        return list(torch._foreach_div(momenta, each(-correction, moving.weights)))
+        return list(torch._foreach_div(momenta, each(-bias_correction(moving.steps, beta), moving.weights)))
 
     @override
     def numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
@@ -106,7 +104,7 @@ class SGDLW(LayerwiseOptimizer):
         cap: float | None = None,
         warmup_rate: float = 1e-2,
         schedule_free: bool = True,
-        layers: LayerRule = None,
+        layers: Grouping = None,
         **common: Unpack[Common],
     ):
         own: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}

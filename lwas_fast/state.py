@@ -1,20 +1,20 @@
 """Saved states: labelled with a version, statistics by name, checked against the optimizer before anything changes.
 
-A saved group carries ``state_version`` and ``columns``, the names of the numbers in each layer's row. So rows may get
+A group carries ``state_version`` and ``state_columns``, the names of the numbers in each layer's row. So rows may get
 other numbers, in another order, and old states still load: what a state lacks starts at 0, what it has too many is
 dropped. torch would cast every tensor to its parameter's dtype; `fit` keeps float32 state of half-precision parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import parameter_name, state_dtype
-from lwas_fast.options import REMOVED, RULES
+from lwas_fast.layers import Groups, parameter_name, state_dtype
+from lwas_fast.options import RANGES, REMOVED
 from lwas_fast.rule import Rule
 from lwas_fast.table import Column
 
@@ -24,16 +24,14 @@ COLUMNS = [column.name.lower() for column in Column]
 FIRST_COLUMNS = "average weight signal power descent curvature applied refreshes negative nonfinite no_descent growth"
 FIRST_COLUMNS += " capped skipped length size"
 
-Groups: TypeAlias = "Sequence[dict[str, Any]]"
 
-
-def labelled(groups: Groups) -> list[dict[str, Any]]:
-    """Copies of groups that say what their state is."""
-    return [{**group, "state_version": VERSION, "columns": list(COLUMNS)} for group in groups]
+def label() -> dict[str, Any]:
+    """What every group says of its state; live ones too, for torch's flattened form keeps the keys that they have."""
+    return {"state_version": VERSION, "state_columns": list(COLUMNS)}
 
 
 def _columns_of(group: dict[str, Any]) -> list[str]:
-    return group["columns"] if "state_version" in group else FIRST_COLUMNS.split()
+    return group["state_columns"] if "state_version" in group else FIRST_COLUMNS.split()
 
 
 def _partition(names: list[str]) -> list[int]:
@@ -81,9 +79,9 @@ def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], e
 
 def lost_options(saved: dict[str, Any]) -> list[str]:
     """What to say of options that a saved state was trained with and that are no more."""
-    found = {name: group[name] for group in saved["param_groups"] for name in REMOVED if name in group}
-    other = {name: value for name, value in found.items() if value not in (REMOVED[name][0], None)}
-    return [f"{name}={value!r} ({REMOVED[name][1]})" for name, value in other.items()]
+    found = [(name, group[name]) for name in REMOVED for group in saved["param_groups"] if name in group]
+    other = dict.fromkeys((name, value) for name, value in found if value not in (REMOVED[name][0], None))
+    return [f"{name}={value!r} ({REMOVED[name][1]})" for name, value in other]
 
 
 def fit(groups: Groups, state: MutableMapping[Tensor, dict[str, Any]], saved: dict[str, Any]) -> None:
@@ -105,10 +103,11 @@ def upgrade(groups: Groups, state: Mapping[Tensor, dict[str, Any]], defaults: di
             for param in group["params"]:
                 if "layer" in (entry := state.get(param, {})):
                     entry["layer"] = _renamed(entry["layer"], columns)
-        for name in ("state_version", "columns", *REMOVED):
+        for name in REMOVED:
             group.pop(name, None)
+        group |= label()
         group.setdefault("schedule_free", False)  # of a version that knew nothing else
-        for name in RULES.keys() & defaults.keys():  # torch's __setstate__ adds defaults of its own
+        for name in RANGES.keys() & defaults.keys():  # torch's __setstate__ adds defaults of its own
             group.setdefault(name, defaults[name])
         for name, value in (("last_refresh", None), ("train_mode", True), ("share", None)):
             group.setdefault(name, value)

@@ -169,16 +169,17 @@ class Reference:
         self.k, self.share = self.k + 1, h.betas[0] if self.adam else h.momentum
 
     def _moments(self, i: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """m⁺, v⁺, the direction of this gradient alone, and that of the momentum; another method has others."""
         h, n = self.hyper, self.n[i] + 1
         beta1, beta2 = h.betas if self.adam else (h.momentum, 0.0)
         m, v = beta1 * self.m[i] + (1 - beta1) * g, beta2 * self.v[i] + (1 - beta2) * g**2
         D = 1 / ((v / (1 - beta2**n)).sqrt() + h.eps) if self.adam else torch.ones_like(g)
-        return m, v, m / (1 - beta1**n), D  # m⁺, v⁺, m̂, D
+        return m, v, -D * g, -D * (m / (1 - beta1**n))
 
     def _refresh(self, g: list[Tensor], H: Tensor, z: Signs) -> None:
         h, d, layers, start = self.hyper, [], [], 0
         for i, g_i in enumerate(g):
-            d.append(-self._moments(i, g_i)[-1] * g_i)
+            d.append(self._moments(i, g_i)[2])
             layers.append(slice(start, start := start + g_i.numel()))
         T = self.interval if self.last_k is None else self.k - self.last_k
         horizon = max(100, 5 * T) if h.rate_horizon is None else h.rate_horizon
@@ -208,10 +209,10 @@ class Reference:
         self.events[i]["skipped"] += int(not alive.all())
         if not (alive.any() or alive.all()):
             return
-        m, v, m_hat, D = self._moments(i, g)
+        m, v, alone, averaged = self._moments(i, g)
         self.m[i], self.v[i] = torch.where(alive, m, self.m[i]), torch.where(alive, v, self.v[i])
         self.n[i] += 1
-        d, since = torch.where(alive, -D * (g if h.schedule_free else m_hat), 0.0), self.k - h.warmup_steps
+        d, since = torch.where(alive, alone if h.schedule_free else averaged, 0.0), self.k - h.warmup_steps
         decay = h.weight_decay if self.adam else 0.0
         G = 1 / math.sqrt(1 - beta1 + beta1 / (self.k + 1)) if h.schedule_free and self.w[i] > 0 else 1.0
         rate = G * self.rate[i] if since >= 0 else h.warmup_rate

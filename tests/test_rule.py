@@ -17,12 +17,12 @@ class SignRule(Rule):
     """The sign of the gradient; with momentum, of its average."""
 
     name = "SignLW"
-    with_momentum = ("momentum_buffer",)
-    schedule_free = ("offset",)
-    caps = (0.1, 0.05)
+    buffers_with_momentum = ("momentum_buffer",)
+    buffers_schedule_free = ("offset",)
+    cap_schedule_free, cap_with_momentum = 0.1, 0.05
     decoupled = True
 
-    def beta(self, group):
+    def share(self, group):
         return group["momentum"]
 
     def directions(self, group, here):
@@ -30,7 +30,6 @@ class SignRule(Rule):
         return here.gradients, signs
 
     def advance(self, group, states, moving):
-        moving.count(states)
         if group["schedule_free"]:
             return [-g.sign() for g in moving.gradients]
         momenta = [state["momentum_buffer"] for state in states]

@@ -6,8 +6,8 @@
 """
 
 from lwas_fast.measure.differences import Replay
-from lwas_fast.measure.probes import Measurement, Probe, Products, Subject, Vectors
-from lwas_fast.measure.routes import Window, again, backward, evaluate
+from lwas_fast.measure.probes import Measurement, Probe, Products, Subject, Vectors, Window
+from lwas_fast.measure.routes import again, backward, evaluate
 
 __all__ = [
     "Measurement",

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@dataclass
+class Window:
+    """The micro-batches since the last step."""
+
+    micro_batches: int = 0  # how many went through `backward`
+    complete: bool = False  # whether the last one did: `step` comes next
+
+
 class Subject(NamedTuple):
     """What is measured, and how.
 
@@ -32,11 +40,15 @@ class Subject(NamedTuple):
         layout: The layers.
         rule: Of the optimizer.
         how: The options that hold for all groups: ``curvature``, ``hvp`` and ``seed``.
+        due: Numbers of the groups that are to be measured.
+        window: The micro-batches before this one.
     """
 
     layout: Layout
     rule: Rule
     how: dict[str, Any]
+    due: list[int]
+    window: Window
 
 
 class Vectors(NamedTuple):
@@ -116,17 +128,12 @@ def draw_signs(seed: int, step: int, count: int) -> list[float]:
 
 @torch.no_grad()
 def make_probes(
-    subject: Subject,
-    due: Sequence[int],
-    gradients: dict[Tensor, Tensor],
-    scale: Tensor | float,
-    of_products: Tensor | float,
+    subject: Subject, gradients: dict[Tensor, Tensor], scale: Tensor | float, of_products: Tensor | float
 ) -> list[Probe]:
-    """Make a probe for each bucket of the groups `due` of which anything has a gradient.
+    """Make a probe for each bucket of the groups due of which anything has a gradient.
 
     Args:
         subject: What is measured.
-        due: Numbers of the groups.
         gradients: Raw ones, of the parameters that have one.
         scale: Turns them into estimates of the window's: see `Probe.scale`.
         of_products: Likewise the products.
@@ -135,11 +142,11 @@ def make_probes(
     there = []
     for bucket in layout.buckets:
         present = [i for i, p in enumerate(bucket.params) if p in gradients]
-        if present and bucket.group in due:
+        if present and bucket.group in subject.due:
             there.append((bucket, bucket.select(present)))
     steps = max((layout.group_of(bucket)["steps"] for bucket, _ in there), default=0)
     signs = draw_signs(subject.how["seed"], steps, sum(len(selection.elements) for _, selection in there))
-    if subject.how["curvature"] != "signs":
+    if subject.how["curvature"] == "blocks":  # whose products have no terms between layers
         signs = [1.0] * len(signs)
     probes = []
     for bucket, selection in there:
@@ -167,8 +174,10 @@ def make_probes(
 def passes(probes: Sequence[Probe], estimator: str) -> list[list[tuple[int, int]]]:
     """Which tensors, as (probe, position), take part in which product: all in one, or a layer in each."""
     everything = [(p, i) for p, probe in enumerate(probes) for i in range(len(probe.selection.params))]
-    if estimator != "blocks":
+    if estimator == "signs":
         return [everything]
+    if estimator != "blocks":
+        raise NotImplementedError(estimator)
     layers: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for p, i in everything:
         layers.setdefault((p, probes[p].selection.layer[i]), []).append((p, i))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,23 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lwas_fast.layers import check_dense
 from lwas_fast.measure.differences import Replay, by_differences
 from lwas_fast.measure.explain import explain
-from lwas_fast.measure.probes import Measurement, Subject, make_probes
+from lwas_fast.measure.probes import Measurement, Subject, Window, make_probes
 from lwas_fast.measure.products import by_autograd, leaves_of, refuse_cut_graph
 from lwas_fast.parallel import ddp as parallel
 from lwas_fast.profiling import span
-
-
-@dataclass
-class Window:
-    """The micro-batches since the last step.
-
-    Attributes:
-        micro_batches: How many went through `backward`.
-        complete: Whether the last one did: `step` comes next.
-    """
-
-    micro_batches: int = 0
-    complete: bool = False
 
 
 def _scalar(loss: object, what: str) -> Tensor:
@@ -43,20 +29,20 @@ def _scalar(loss: object, what: str) -> Tensor:
 
 
 def backward(
-    subject: Subject,
+    now: Callable[[], Subject],
     loss: Tensor | Callable[[], Tensor],
-    due: list[int],
-    window: Window,
+    hvp: str,
+    measures: bool,
     scaler: Any,
     ddp: DistributedDataParallel | None,
 ) -> tuple[Tensor, Measurement | None]:
     """Do what `LayerwiseOptimizer.backward` says; return the loss, detached, and what was found.
 
-    `due` has the numbers of the groups that are to be measured (if none, nothing is), `window` the micro-batches
-    before this one.
+    `now` gives what is measured. It is asked once the loss is there, for a callable may clear gradients, add groups or
+    load a state.
     """
     evaluates = callable(loss) and not isinstance(loss, Tensor)
-    differences = subject.how["hvp"] == "finite_difference"
+    differences = hvp == "finite_difference"
     if differences and not evaluates:
         raise TypeError(
             'hvp="finite_difference" evaluates the loss twice: call opt.backward(closure) with a callable that returns '
@@ -70,15 +56,16 @@ def backward(
             return value, value if scaler is None else scaler.scale(value)
 
     found = None
-    if not due:
+    if not measures:
         value, scaled = forward()
         scaled.backward()  # type: ignore[no-untyped-call]
     elif differences:
-        value, found = _differences_of(subject, forward, due, window, scaler)
+        value, found = _differences_of(now, forward, scaler)
     else:
         value, scaled = forward()
         parallel.check(ddp)
-        found = _autograd(subject, scaled, _scale(value, scaler, window), due, window, ddp)
+        subject = now()
+        found = _autograd(subject, scaled, _scale(value, scaler, subject.window), ddp)
     return value.detach(), found
 
 
@@ -101,12 +88,7 @@ def _accumulate(graph: dict[Tensor, Tensor]) -> None:
 
 
 def _autograd(
-    subject: Subject,
-    loss: Tensor,
-    scale: Tensor | float,
-    due: list[int],
-    window: Window,
-    ddp: DistributedDataParallel | None,
+    subject: Subject, loss: Tensor, scale: Tensor | float, ddp: DistributedDataParallel | None
 ) -> Measurement:
     """Gradient and curvature from one graph; gradients are accumulated as ``loss.backward()`` would."""
     layout = subject.layout
@@ -123,9 +105,9 @@ def _autograd(
             # Directions must be equal on all replicas: they are those of the averaged gradient, of the whole window.
             parallel.accumulate(graph)
             gradients = {p: p.grad for p in layout.params if p.grad is not None}  # perhaps from other replicas alone
-            of_gradients = scale / (window.micro_batches + 1)
+            of_gradients = scale / (subject.window.micro_batches + 1)
         with span("curvature"):
-            probes = make_probes(subject, due, gradients, of_gradients, scale)
+            probes = make_probes(subject, gradients, of_gradients, scale)
             ours = [[graph.get(p) for p in probe.selection.params] for probe in probes]
             products = by_autograd(probes, ours, subject.how["curvature"])
     except RuntimeError as error:
@@ -134,18 +116,19 @@ def _autograd(
         raise
     if ddp is None:
         _accumulate(graph)
-    return Measurement(due, probes, products, None if ddp is None else ddp.process_group)
+    return Measurement(subject.due, probes, products, None if ddp is None else ddp.process_group)
 
 
 def _differences_of(
-    subject: Subject, forward: Callable[[], tuple[Tensor, Tensor]], due: list[int], window: Window, scaler: Any
+    now: Callable[[], Subject], forward: Callable[[], tuple[Tensor, Tensor]], scaler: Any
 ) -> tuple[Tensor, Measurement]:
-    if window.micro_batches > 0:
+    subject = now()
+    if subject.window.micro_batches > 0:
         parallel.refuse_accumulation()
     params = subject.layout.params
     replay = Replay(params)
 
-    def twice() -> Tensor:
+    def evaluate_once() -> Tensor:
         value, scaled = forward()
         scaled.backward()  # type: ignore[no-untyped-call]
         return value
@@ -154,8 +137,9 @@ def _differences_of(
     for p in params:
         p.grad = None  # the measurement wants this micro-batch's own gradient
     try:
-        value = twice()
-        found = again(subject, twice, value, replay, due, _scale(value, scaler, window))
+        value = evaluate_once()
+        subject = now()
+        found = again(subject, evaluate_once, value, replay, _scale(value, scaler, subject.window))
     finally:
         with torch.no_grad():
             for p, grad in zip(params, earlier, strict=True):
@@ -178,7 +162,6 @@ def again(
     closure: Callable[[], Tensor],
     loss: Tensor,
     replay: Replay,
-    due: Sequence[int],
     scale: Tensor | float = 1.0,
 ) -> Measurement:
     """Measure by differences of gradients, where a first evaluation of a closure has left its own.
@@ -188,7 +171,6 @@ def again(
         closure: Evaluates the same loss once more, gradients included.
         loss: What it returned first.
         replay: The random state it started from then.
-        due: Numbers of the groups.
         scale: What turns raw gradients and products into estimates of the window's.
     """
     params = subject.layout.params
@@ -197,6 +179,6 @@ def again(
     # The loss's graph is used up but still tells which other leaves the evaluation gives gradients to.
     leaves = list(dict.fromkeys(params + leaves_of(loss)))
     with span("curvature"):
-        probes = make_probes(subject, due, gradients, scale, scale)
+        probes = make_probes(subject, gradients, scale, scale)
         products = by_differences(probes, lambda: evaluate(closure), replay, leaves, subject.how["curvature"])
-    return Measurement(list(due), probes, products)
+    return Measurement(subject.due, probes, products)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lwas_fast.layers import FUSED_DTYPES, Bucket, Layout, Selection, upload
 from lwas_fast.measure import Probe, Products, Vectors
+from lwas_fast.options import wants_plain
 from lwas_fast.rates.when import memory
 from lwas_fast.table import Column, Sums
 
@@ -221,7 +222,7 @@ def _fails(device: torch.device) -> str | None:
 
 def serves(group: dict[str, Any], bucket: Bucket) -> bool:
     """Whether the single launch takes a measurement into a bucket's rates; if not, plain torch does."""
-    if group.get("foreach") is not None or group.get("fused") is False:
+    if wants_plain(group):
         return False
     float32 = bucket.table.dtype == torch.float32 and all(p.dtype in FUSED_DTYPES for p in bucket.params)
     return float32 and why_not(bucket.table.device) is None

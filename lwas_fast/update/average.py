@@ -10,17 +10,16 @@ window grows with the run are polynomial-decay averages (Shamir & Zhang, ICML 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lwas_fast.layers import Layout
+from lwas_fast.layers import Groups, Layout
 from lwas_fast.rule import Rule
 
-Groups: TypeAlias = "Sequence[dict[str, Any]]"
 State: TypeAlias = "Mapping[Tensor, dict[str, Any]]"
 
 
@@ -58,7 +57,7 @@ def swap(groups: Groups, state: State, rule: Rule, training: bool) -> None:
     """
     for group in groups:
         if group["train_mode"] != training:
-            share = rule.beta(group) if group["share"] is None else group["share"]
+            share = rule.share(group) if group["share"] is None else group["share"]
             _shift(group, state, (1 if training else -1) * (1 - share))
         group["train_mode"] = training
 
@@ -71,7 +70,7 @@ def follow(layout: Layout, rule: Rule, moving: set[int]) -> None:
     """
     for number in moving:
         group = layout.groups[number]
-        share = rule.beta(group)
+        share = rule.share(group)
         if group["share"] not in (None, share):
             _shift(group, layout.state, group["share"] - share)
         group["share"] = share

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lwas_fast.layers import RMS_FLOOR
-from lwas_fast.rule import Rule, Scaling
-from lwas_fast.update.control import Part, control
+from lwas_fast.rule import Part, Rule, Scaling
+from lwas_fast.update.control import control
 
 # A layer whose step was within this factor of its cap has its weights moved in a second pass, when the norms are known;
 # others in the first, and corrected if they turn out to be capped, which takes a direction that many times as long as
@@ -31,7 +31,8 @@ def compiled_step(rule: Rule, part: Part, scaling: Scaling) -> None:
         on_device, lr = lr.to(torch.float32), 1.0  # to read it here would wait for the device
     scalars = (None if s is None else s.to(device=bucket.table.device, dtype=torch.float32) for s in scaling)
     warming, warmup_rate, gain, ramp, cap, largest = control(rule, group)
-    getattr(torch.ops.lwas_fast, str(rule.operator))(
+    assert rule.operator is not None  # `extension.serves` says so
+    getattr(torch.ops.lwas_fast, rule.operator)(
         selection.params,
         [p.grad for p in selection.params],
         *([state[name] for state in states] for name in rule.buffers(group)),

@@ -1,4 +1,4 @@
-"""What a step works on, and what multiplies each layer's direction in it: rate, gain, cap, ramp, warm-up."""
+"""From a layer's rate to what multiplies its direction in a step: gain, cap, ramp, warm-up."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import Bucket, Selection
 from lwas_fast.rates import current
 from lwas_fast.rule import Rule
 from lwas_fast.table import Column
-
-
-class Part(NamedTuple):
-    """What of a bucket takes a step: the tensors that have a gradient, their hyperparameters and their states."""
-
-    bucket: Bucket
-    selection: Selection
-    group: dict[str, Any]
-    states: list[dict[str, Any]]
 
 
 class Control(NamedTuple):
@@ -62,11 +52,11 @@ def control(rule: Rule, group: dict[str, Any]) -> Control:
     cap = rule.cap(group)
     decays = rule.decoupled and group["weight_decay"] > 0
     largest = cap / group["weight_decay"] if decays else math.inf
-    longer = gain(rule.beta(group), group["steps"]) if group["schedule_free"] else 1.0
+    longer = gain(rule.share(group), group["steps"]) if group["schedule_free"] else 1.0
     return Control(warming, group["warmup_rate"], longer, ramp, cap, largest)
 
 
-def apply(
+def stepped(
     table: Tensor, sizes: Tensor, lengths: Tensor, moves: Tensor, skipped: Tensor, lr: float | Tensor, control: Control
 ) -> Tensor:
     """Work out what multiplies each of L layers' directions in this step.

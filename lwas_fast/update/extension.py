@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lwas_fast.layers import FUSED_DTYPES, Bucket
+from lwas_fast.options import wants_plain
 from lwas_fast.rule import Rule
 
 INTERFACE = 3  # of the operators, in csrc/bindings.cpp as well: to be raised there and here when a schema changes
@@ -81,7 +82,7 @@ def serves(rule: Rule, group: dict[str, Any], bucket: Bucket) -> bool:
     Raises:
         RuntimeError: The group insists on it, and that cannot be; says why.
     """
-    if group.get("foreach") is not None or group.get("fused") is False:
+    if wants_plain(group):
         return False
     reason = why_not(rule, bucket)
     if reason is not None and group.get("fused"):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lwas_fast.layers import squared_norms, state_dtype
-from lwas_fast.rule import Moving, Rule, Scaling, each
+from lwas_fast.rule import Moving, Part, Rule, Scaling, each
 from lwas_fast.table import Column
-from lwas_fast.update.control import Part, apply, control
+from lwas_fast.update.control import control, stepped
 
 
 def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
@@ -26,7 +26,7 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
         gradients = [g / scaling.grad_scale.to(g.device) for g in gradients]
     if group["maximize"]:
         gradients = list(torch._foreach_neg(gradients))
-    moving = Moving(selection, gradients, weights, scaling)
+    moving = Moving(part, gradients, weights, scaling)
 
     directions = rule.advance(group, states, moving)
 
@@ -34,7 +34,7 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     lengths = selection.per_layer(squared_norms(directions, dtype)).sqrt()
     sizes = selection.per_layer(squared_norms(weights, dtype)).sqrt().maximum(selection.floor)
     old = bucket.table[selection.rows]
-    table = apply(old, sizes, lengths, moving.moves, moving.skips, group["lr"], control(rule, group))
+    table = stepped(old, sizes, lengths, moving.moves, moving.skips, group["lr"], control(rule, group))
     applied = table[:, Column.APPLIED]
     if scaling.found_inf is not None:
         table = torch.where(scaling.found_inf.to(table.device) == 0, table, old)
@@ -44,7 +44,7 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     if group["schedule_free"]:
         if decay != 0:
             torch._foreach_sub_(directions, torch._foreach_mul(weights, selection.per_tensor(applied * decay)))
-        moved = _average_in(directions, part, weights, moving, rule.beta(group))
+        moved = _average_in(directions, part, weights, moving, rule.share(group))
     elif decay != 0:
         moved = list(torch._foreach_mul(weights, selection.per_tensor(1 - applied * decay)))
         torch._foreach_add_(moved, directions)

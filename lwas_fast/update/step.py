@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from lwas_fast.layers import Layout
 from lwas_fast.profiling import span
-from lwas_fast.rule import Rule, Scaling
+from lwas_fast.rule import Part, Rule, Scaling
 from lwas_fast.update import extension
 from lwas_fast.update.average import check_state, follow
 from lwas_fast.update.compiled import compiled_step
-from lwas_fast.update.control import Part
 from lwas_fast.update.plain import plain_step
 
 
