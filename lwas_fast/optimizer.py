@@ -86,7 +86,7 @@ class LayerwiseOptimizer(Optimizer):
             ValueError: See the class.
         """
         group = groups.prepare(param_group, self.param_groups, self.defaults, self._layer_rule, type(self).__name__)
-        group |= state.label()
+        group |= {"cap": self.rule.cap({**self.defaults, **group}), **state.label()}
         update.check_fused({**self.defaults, **group})
         super().add_param_group(group)
         self._forget_layout()

@@ -77,10 +77,16 @@ def test_float32_state_survives_a_bf16_model(kind):
 
 
 @EACH
-def test_state_goes_through_distributed_checkpoint(kind, tmp_path):
+@pytest.mark.parametrize("flat", [False, True])
+def test_state_goes_through_distributed_checkpoint(kind, tmp_path, flat):
     checkpoint = pytest.importorskip("torch.distributed.checkpoint")
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
 
+    how = StateDictOptions(flatten_optimizer_state_dict=flat)
     data = batches(10)
     model = small_net()
     opt = OPTIMIZERS[kind](model.named_parameters(), update_every=3)
@@ -88,11 +94,13 @@ def test_state_goes_through_distributed_checkpoint(kind, tmp_path):
     new_model = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is one process only, and the library says so
-        checkpoint.save({"opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=tmp_path, no_dist=True)
+        checkpoint.save(
+            {"opt": get_optimizer_state_dict(model, opt, options=how)}, checkpoint_id=tmp_path, no_dist=True
+        )
         new = OPTIMIZERS[kind](new_model.named_parameters(), update_every=3)
-        state = {"opt": get_optimizer_state_dict(new_model, new)}
+        state = {"opt": get_optimizer_state_dict(new_model, new, options=how)}
         checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
-        set_optimizer_state_dict(new_model, new, state["opt"])
+        set_optimizer_state_dict(new_model, new, state["opt"], options=how)
     train(opt, model, data[5:])
     train(new, new_model, data[5:])
     assert_same(model, new_model)
