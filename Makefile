@@ -2,7 +2,8 @@
 # and needs no network.
 #
 #   make demo       train a small CNN, no learning rate given; ARGS="--steps 200" passes options on
-#   make test       everything that takes seconds; ARGS="-k demo" passes options on
+#   make test       everything that takes seconds, in two processes; ARGS="-k demo" passes options on, WORKERS=0 runs
+#                   all in one (for --pdb)
 #   make test-slow  what takes minutes
 #   make bench      whole steps, update and rates against torch's own, about 8 minutes: JSON and pictures in
 #                   bench/results/, tables at the end; ARGS="-k step" takes a part
@@ -19,6 +20,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
@@ -36,11 +38,14 @@ demo test test-slow: export OMP_WAIT_POLICY ?= passive
 demo: $(READY)
 	$(PY) -m examples.demo $(ARGS)
 
+# Not in pytest's own configuration: a single test starts sooner without.
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark
+
 test: $(READY)
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(READY)
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 bench: $(READY)
 	$(PY) -m pytest bench -q --benchmark-quiet --benchmark-json=bench/results/latest.json $(ARGS)

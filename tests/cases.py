@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from reference import ReferenceAdamWLW, ReferenceSGDLW
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ REFERENCES = {"sgd": ReferenceSGDLW, "adamw": ReferenceAdamWLW}
 # With momentum the package's defaults differ between the optimizers, and the reference's do not.
 MOMENTUM: dict[str, Any] = {"schedule_free": False, "cap": 0.1, "ramp_steps": 0}
 
-# Options under which behaviour must agree: with the reference, between implementations, before and after saving.
-# Every option has a row in which it acts.
+# Options under which behaviour must agree. Every option has a row in which it acts. Against the reference all rows run;
+# elsewhere those that can differ in what the test looks at, by the names below.
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "every_step": {"update_every": 1},
@@ -47,8 +48,23 @@ OWN_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "large_eps": {"eps": 1e-1, "update_every": 2},
     },
 }
-CASES = [(kind, name, kw) for kind in OPTIMIZERS for name, kw in {**OPTIONS, **OWN_OPTIONS[kind]}.items()]
-CASE_IDS = [f"{kind}-{name}" for kind, name, _ in CASES]
+MODES = ("defaults", "momentum")  # what state is kept
+FEW = (*MODES, "blocks")  # and one product or one a layer
+STEP = (*MODES, "momentum_decay", "momentum_cap", "weight_decay", "tight_cap", "maximize")  # what the update computes
+BETWEEN = ("every_step", "blocks_every_step", "warmup", "ramp")  # no branch that other rows do not take
+
+
+def rows_of(kind: str, *only: str, but: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """An optimizer's rows: these, or where none is named all, but for some."""
+    rows = {**OPTIONS, **OWN_OPTIONS[kind]}
+    return {name: rows[name] for name in only or rows if name not in but}
+
+
+def each_case(*only: str, but: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Parametrize `kind` and `options` over both optimizers and these rows."""
+    cases = [(kind, name, row) for kind in OPTIMIZERS for name, row in rows_of(kind, *only, but=but).items()]
+    ids = [f"{kind}-{name}" for kind, name, _ in cases]
+    return pytest.mark.parametrize(("kind", "options"), [(kind, row) for kind, _, row in cases], ids=ids)
 
 
 def small_net(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:

@@ -1,9 +1,12 @@
-"""What all tests share: fixed seeds, few threads, and no GPU tests where there is no GPU."""
+"""What all tests share: fixed seeds, few threads, this clone in every process, no GPU tests without a GPU."""
 
 from __future__ import annotations
 
 import os
 import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,10 @@ import torch
 
 # Small tensors gain nothing from many threads, and CI machines have few cores: pytest-xdist's workers take one each.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
-
+# So do the processes that tests start; a script among them finds this clone, whatever is installed.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 # Triton's kernels run in its interpreter where there is no GPU; it reads this when it is imported.
 if not torch.cuda.is_available():
@@ -33,3 +39,11 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> Iterator[None]:
+    """Forget what a test compiled: after that every new optimizer would look for modules among all objects, 0.2 s."""
+    yield
+    if (dynamo := sys.modules.get("torch._dynamo.convert_frame")) is not None:
+        dynamo.FRAME_COUNTER = 0

@@ -12,9 +12,10 @@ import math
 
 import pytest
 import torch
+from cases import FEW, MODES
 from torch import nn
 from torch.nn import functional as F
-from torch_table import EACH_INFO, EACH_ROW, INFOS, Problem, assert_equal, assert_equal_states, common
+from torch_table import EACH_INFO, INFOS, Problem, assert_equal, assert_equal_states, common, each_row
 
 ERRORS = [(i, e) for i in INFOS.values() for e in i.optim_error_inputs_func("cpu", torch.float32)]
 ERROR_IDS = [f"{i.name}-{e.optimizer_error_input.desc}" for i, e in ERRORS]
@@ -44,7 +45,7 @@ def test_torchs_own_table_of_errors(info, case):
         info.optim_cls(params, **given.kwargs)
 
 
-@EACH_ROW
+@each_row(*MODES, "maximize")
 def test_goes_in_the_right_direction(info, row):
     problem = Problem()
     opt = info.optim_cls(problem.named, **row.kwargs)
@@ -59,7 +60,7 @@ def test_goes_in_the_right_direction(info, row):
     assert total() < before
 
 
-@EACH_ROW
+@each_row(*FEW, "momentum_decay", "weight_decay")
 def test_maximizing_is_minimizing_the_negative(info, row):
     problem, negative = Problem(), Problem()
     negative.loss = lambda k: -Problem.loss(negative, k)
@@ -69,7 +70,7 @@ def test_maximizing_is_minimizing_the_negative(info, row):
     assert_equal(problem.params, negative.params)
 
 
-@EACH_ROW
+@each_row(*MODES)
 def test_no_gradients_no_step(info, row):
     problem = Problem()
     opt = info.optim_cls(problem.named, **row.kwargs)
@@ -82,7 +83,7 @@ def test_no_gradients_no_step(info, row):
     assert not opt.state
 
 
-@EACH_ROW
+@each_row(*FEW)
 def test_zero_gradients_move_nothing(info, row):
     problem = Problem()
     opt = info.optim_cls(problem.named, **{**row.kwargs, "weight_decay": 0.0})
@@ -102,7 +103,7 @@ def test_zero_gradients_move_nothing(info, row):
     assert all(row["refreshes"] >= 1 for row in opt.diagnostics().values())
 
 
-@EACH_ROW
+@each_row(*FEW)
 def test_empty_parameters(info, row):
     """Alone, in a layer with others, and in a layer of their own; the others go as if they were not there."""
     problem, other = Problem(), Problem()
@@ -136,7 +137,7 @@ def test_a_parameter_without_gradient_is_left_alone(info):
     assert all(opt.state[p] for p in problem.params)
 
 
-@EACH_ROW
+@each_row(*FEW, "tight_cap")
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "strided"])
 def test_memory_layout_changes_nothing(info, row, layout):
     def run(lay_out):
@@ -162,34 +163,28 @@ def test_memory_layout_changes_nothing(info, row, layout):
     torch.testing.assert_close(found.detach(), run(torch.Tensor.contiguous).detach(), rtol=1e-10, atol=1e-12)
 
 
-@EACH_ROW
+@each_row(*MODES, "tight_cap")
 @pytest.mark.parametrize("rule", [None, lambda name: "all"], ids=["layers", "one layer"])
 def test_mixed_dtypes_in_one_group(info, row, rule):
-    """All layers at once equals one at a time; every parameter and state keeps its dtype, and every one moves."""
+    """Every parameter and state keeps its dtype, and every one moves."""
     dtypes = {"a.weight": torch.float32, "a.bias": torch.bfloat16, "b.weight": torch.float64, "b.bias": torch.float16}
-
-    def run(foreach):
-        problem = Problem()
-        named = [(name, nn.Parameter(p.detach().to(dtypes[name]))) for name, p in problem.named]
-        start = [p.detach().clone() for _, p in named]
-        problem.named = [(name, p) for name, p in named]
-        opt = info.optim_cls(problem.named, layers=rule, foreach=foreach, **row.kwargs)
-        for k in range(8):
-            opt.zero_grad()
-            w, b, v, c = (p.double() for p in problem.params)
-            opt.backward((v.mv(torch.tanh(w.mv(problem.x[k]) + b)) + c).square().sum())
-            opt.step()
-        for p, dtype, old in zip(problem.params, dtypes.values(), start, strict=True):
-            assert p.dtype == dtype
-            wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-            assert all(opt.state[p][name].dtype == wide for name in opt.rule.buffers(opt.param_groups[0]))
-            assert not torch.equal(p, old)
-        return problem.params
-
-    assert_equal(run(None), run(False))
+    problem = Problem()
+    problem.named = [(name, nn.Parameter(p.detach().to(dtypes[name]))) for name, p in problem.named]
+    start = [p.detach().clone() for p in problem.params]
+    opt = info.optim_cls(problem.named, layers=rule, **row.kwargs)
+    for k in range(8):
+        opt.zero_grad()
+        w, b, v, c = (p.double() for p in problem.params)
+        opt.backward((v.mv(torch.tanh(w.mv(problem.x[k]) + b)) + c).square().sum())
+        opt.step()
+    for p, dtype, old in zip(problem.params, dtypes.values(), start, strict=True):
+        assert p.dtype == dtype
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        assert all(opt.state[p][name].dtype == wide for name in opt.rule.buffers(opt.param_groups[0]))
+        assert not torch.equal(p, old)
 
 
-@EACH_ROW
+@each_row(*FEW, "tensor_lr")
 def test_torchs_default_dtype_changes_nothing(info, row):
     def run():
         problem = Problem(torch.float32)

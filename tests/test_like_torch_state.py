@@ -14,8 +14,9 @@ import pickle
 
 import pytest
 import torch
+from cases import MODES
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch_table import EACH_INFO, EACH_ROW, Problem, assert_equal, assert_equal_states
+from torch_table import EACH_INFO, Problem, assert_equal, assert_equal_states, each_row
 
 from lwas_fast.options import WHOLE
 
@@ -25,7 +26,7 @@ def groups_of(problem):
     return [{"params": problem.named[:2]}, {"params": problem.named[2:], "lr": 0.25, "update_every": 3}]
 
 
-@EACH_ROW
+@each_row()
 def test_state_dict_with_groups(info, row, tmp_path):
     """A copy goes on alike, from memory and from a file; the original does not notice; nor does the saved state."""
     problem = Problem()
@@ -60,7 +61,7 @@ def test_loading_adds_nothing_to_groups(info):
     assert opt.state_dict()["param_groups"][0].keys() == saved["param_groups"][0].keys()
 
 
-@EACH_ROW
+@each_row(*MODES)
 def test_older_states_load(info, row):
     """A file from before an option existed: the default is taken, whatever the new optimizer was given."""
     problem = Problem()
@@ -172,12 +173,12 @@ def test_a_step_hook_may_replace_the_closure(info):
 
 
 @EACH_INFO
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["deep", "pickle"])
-def test_copies_keep_all_attributes(info, clone):
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deep", "pickle"])
+def test_copies_keep_all_attributes_and_go_on_alike(info, clone):
     problem = Problem()
     opt = info.optim_cls(problem.named, seed=7, hvp="autograd", curvature="blocks")
     problem.run(opt, range(3))
-    new = clone(opt)
+    other, new = clone((problem, opt))
     assert type(new) is type(opt)
     public = [{name for name in vars(o) if not name.startswith("_")} for o in (opt, new)]
     assert public[0] == public[1]
@@ -186,6 +187,9 @@ def test_copies_keep_all_attributes(info, clone):
     assert_equal_states(new.state_dict(), opt.state_dict())
     assert new.diagnostics() == opt.diagnostics()
     assert not {p.data_ptr() for p in new.param_groups[0]["params"]} & {p.data_ptr() for p in problem.params}
+    problem.run(opt, range(3, 8))
+    other.run(new, range(3, 8))
+    assert_equal(problem.params, other.params)
 
 
 @EACH_INFO

@@ -196,7 +196,7 @@ def test_layers_that_act_alike(layers, options, settles):
         return w.sum() ** 2 / 2 + 0.025 * w @ w
 
     ref = ReferenceSGDLW([vec(0.3 + 0.05 * i) for i in range(layers)], **PLAIN | {"momentum": 0.0} | options)
-    for _ in range(400):
+    for _ in range(200):
         ref.step(loss)
     assert (loss(ref.W) < 1e-6) == settles
     assert settles or loss(ref.W) > 0.05

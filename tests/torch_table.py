@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPTIMIZERS, OPTIONS, OWN_OPTIONS
+from cases import BETWEEN, OPTIMIZERS, rows_of
 from torch import Tensor, nn
 
 common = pytest.importorskip("torch.testing._internal.common_optimizers", exc_type=ImportError)
@@ -18,7 +18,8 @@ common = pytest.importorskip("torch.testing._internal.common_optimizers", exc_ty
 
 def _inputs_of(kind: str) -> Callable[..., list[Any]]:
     def inputs(device: object, dtype: object = None) -> list[Any]:
-        rows = {**OPTIONS, **OWN_OPTIONS[kind], "tensor lr": {"lr": torch.tensor(0.5)}}
+        # As a tensor in place of the number: test_tensor_lr has the two equal.
+        rows = {**rows_of(kind, but=(*BETWEEN, "half_rate")), "tensor_lr": {"lr": torch.tensor(0.5)}}
         return [common.OptimizerInput(params=None, kwargs=dict(kwargs), desc=name) for name, kwargs in rows.items()]
 
     return inputs
@@ -66,9 +67,15 @@ INFOS = {
     )
     for kind, cls in OPTIMIZERS.items()
 }
-ROWS = [(info, row) for info in INFOS.values() for row in info.optim_inputs_func("cpu")]
-EACH_ROW = pytest.mark.parametrize(("info", "row"), ROWS, ids=[f"{info.name}-{row.desc}" for info, row in ROWS])
 EACH_INFO = pytest.mark.parametrize("info", INFOS.values(), ids=[info.name for info in INFOS.values()])
+
+
+def each_row(*only: str) -> pytest.MarkDecorator:
+    """Parametrize `info` and `row` over both optimizers and these rows, or where none is named all."""
+    rows = [(info, row) for info in INFOS.values() for row in info.optim_inputs_func("cpu")]
+    rows = [(info, row) for info, row in rows if not only or row.desc in only]
+    assert {row.desc for _, row in rows} >= {*only}
+    return pytest.mark.parametrize(("info", "row"), rows, ids=[f"{info.name}-{row.desc}" for info, row in rows])
 
 
 class Problem:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 def test_quick_run_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:
     out = tmp_path / "picture.png"
     command = [sys.executable, "-m", "examples.demo", "--quick", "--data", "digits", "--threads", "1", "--out", out]
-    env = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"COLUMNS": "100"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "digits, small CNN, 60 steps of 128 images, seed 0" in done.stdout

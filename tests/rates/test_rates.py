@@ -60,7 +60,7 @@ CASES = {
     "bfloat16": Case(layers=(((64,), (9,)), ((130,),)), dtypes=(torch.bfloat16,)),
     "float16": Case(layers=(((64,), (9,)), ((130,),)), dtypes=(torch.float16,)),
     "mixed_dtypes": Case(layers=(((64,), (70,), (3,)),) * 3, dtypes=(torch.float32, torch.bfloat16, torch.float16)),
-    "sixty_layers": Case(layers=(((2,), (1,)),) * 60),
+    "twenty_layers": Case(layers=(((2,), (1,)),) * 20),
 }
 IMPLEMENTATIONS = ["torch", "triton"]
 
@@ -160,7 +160,7 @@ def test_what_is_not_finite_is_told_apart_alike():
     """NaN and infinity in each vector: same guards, same counters."""
     pytest.importorskip("triton")
     problem = Problem(Case(options={"weight_decay": 0.0}))
-    for vectors, value, layer in itertools.product(range(3), (math.nan, math.inf, -math.inf, 1e38, 0.0), (0, 3)):
+    for vectors, value, layer in itertools.product(range(3), (math.nan, math.inf, 1e38, 0.0), (0, 3)):
         probe, products = problem.measure()
         changed = [list(v) for v in (*probe.vectors, products.tensors)]
         changed[vectors][layer] = torch.full_like(changed[vectors][layer], value)
@@ -187,8 +187,10 @@ def channels_last(tensor):
 LAYOUTS = {"transposed": transposed, "unaligned": unaligned, "channels_last": channels_last}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("which", ["gradients", "directions", "products", "all"])
+@pytest.mark.parametrize(
+    ("layout", "which"),
+    [(layout, "all") for layout in LAYOUTS] + [("transposed", one) for one in ("gradients", "directions", "products")],
+)
 def test_any_layout(layout, which):
     pytest.importorskip("triton")
     problem = Problem(Case(layers=(((4, 5, 3, 7),), ((8, 8, 4, 1),))))
@@ -255,8 +257,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("how", ["autograd", "closure"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("name", "how"), [*((name, "autograd") for name in OPTIONS), ("defaults", "closure")])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_training_is_the_same(kind, name, how, monkeypatch):
     """Through the optimizer, with two groups, one launch for both."""

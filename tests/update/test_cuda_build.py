@@ -18,7 +18,8 @@ from torch.utils import cpp_extension
 
 CSRC = Path(__file__).parents[2] / "csrc"
 NVCC = shutil.which("nvcc")
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# One here: nothing but the assembler differs. `.ci/run` compiles for all of them.
+ARCHITECTURES = ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100"))]
 KERNELS = 16  # two passes, four rules, two sizes of the table
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
@@ -38,12 +39,11 @@ def toolkit() -> Path:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_spills_and_with_wide_accesses(architecture, tmp_path):
-    cubin = tmp_path / "update.cubin"
     flags = [flag for flag in cpp_extension.COMMON_NVCC_FLAGS if flag.startswith("-D") or "relaxed" in flag]
     assert len(flags) >= 4
     report = run(
         NVCC, "-std=c++20", "-O3", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", *flags,
-        CSRC / "update_cuda.cu", "-o", cubin,
+        "--keep", "--keep-dir", tmp_path, CSRC / "update_cuda.cu", "-o", tmp_path / "update.cubin",
     )  # fmt: skip
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
@@ -51,12 +51,8 @@ def test_kernels_compile_without_spills_and_with_wide_accesses(architecture, tmp
     assert len(spills) == len(registers) == KERNELS
     assert set(spills) == {("0", "0")}
     assert max(registers) <= 65536 // (256 * 3)  # three blocks of 256 threads share a multiprocessor
-
-
-def test_full_vectors_are_moved_in_one_instruction(tmp_path):
-    ptx = tmp_path / "update.ptx"
-    run(NVCC, "-std=c++20", "-O3", "-ptx", "-arch=sm_80", CSRC / "update_cuda.cu", "-o", ptx)
-    kernels = re.split(r"\.entry ", ptx.read_text())[1:]
+    # Full vectors are moved in one instruction.
+    kernels = re.split(r"\.entry ", (tmp_path / "update_cuda.ptx").read_text())[1:]
     assert len(kernels) == KERNELS
     for kernel in kernels:
         for access in ("ld", "st"):

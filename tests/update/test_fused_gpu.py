@@ -10,8 +10,7 @@ import copy
 
 import pytest
 import torch
-from cases import OPTIMIZERS
-from test_fused import EACH, both, compare, step_alike
+from test_fused import EACH, KINDS, both, compare, step_alike
 
 from lwas_fast import AdamWLW
 from lwas_fast.update import extension
@@ -30,7 +29,7 @@ def many(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 
 
 def never_refreshed(kind: str, params: list[torch.Tensor], **options: object) -> torch.optim.Optimizer:
-    opt = OPTIMIZERS[kind](params, update_every=10**9, warmup_steps=10**9, fused=True, **options)
+    opt = KINDS[kind](params, update_every=10**9, warmup_steps=10**9, fused=True, **options)
     for p in params:
         p.grad = torch.randn_like(p)
     return opt

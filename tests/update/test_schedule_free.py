@@ -185,15 +185,16 @@ def test_in_half_precision_the_average_goes_where_the_weights_go(kind, dtype, fu
     found = []
     for one in (dtype, torch.float64):
         p = torch.ones(64, dtype=one).requires_grad_()
-        options = {**FIXED, "warmup_rate": 5e-3, "weight_decay": 0.0}
+        options = {**FIXED, "warmup_rate": 1e-3, "weight_decay": 0.0}
         opt = OPTIMIZERS[kind]([p], **options, **({"fused": True} if fused and one == dtype else {"foreach": True}))
-        for _ in range(1000):
+        for _ in range(500):
             p.grad = torch.ones_like(p) * (p - 0.25).sign().detach()
             opt.step()
         opt.eval()
         found.append(p.detach().double())
-    assert (found[1] - 0.25).abs().max() < 0.1
-    assert ((found[0] - 0.25).abs() < 0.2).all() or ((found[0] - 1).abs() < 0.02).all(), found[0]  # there, or stuck
+    assert (found[1] - 0.75).abs().max() < 0.05
+    there, stuck = (found[0] - found[1]).abs() < 0.05, (found[0] - 1).abs() < 0.01
+    assert there.all() or stuck.all(), found[0]
 
 
 @EACH
