@@ -203,8 +203,11 @@ def test_every_table_can_be_made_and_the_readme_hides_no_loss(made):
 
 def test_the_update_alone_is_told_where_it_was_measured(tmp_path):
     path = ROOT / "bench" / "results" / "step-cpu.json"
-    assert "alone" not in costs.short(path)[0]
     content = json.loads(path.read_text())
+    for benchmark in content["benchmarks"]:
+        del benchmark["extra_info"]["ratio_update"]
+    (tmp_path / "step.json").write_text(json.dumps(content))
+    assert "alone" not in costs.short(tmp_path / "step.json")[0]
     for value, benchmark in enumerate(content["benchmarks"]):
         benchmark["extra_info"]["ratio_update"] = 1 + value
     (tmp_path / "step.json").write_text(json.dumps(content))
