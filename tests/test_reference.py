@@ -3,7 +3,7 @@
 What each test catches:
 
 * worked by hand: a wrong formula anywhere between gradient and weights, first step and second: signs, weight
-  decay, M, the closed form, the average of the rates, the noise factor, momentum and its bias correction.
+  decay, M, the closed form, the average of the rates, momentum and its bias correction.
 * curvature: a layer's slice off by one, a sign that does not cancel, an estimator with a bias.
 """
 

@@ -23,7 +23,7 @@ OTHER_PICTURES = """
 the other pictures of docs/images:
   step.png, scaling.png   python bench/draw.py bench/results/step-cpu.json bench/results/scaling-cpu.json
   demo.png                make demo
-  convergence.png         python examples/convergence.py --out docs/images/convergence.png
+  convergence.png         python -m bench.convergence --out docs/images/convergence.png
   trace.png               python bench/profile_step.py VGG16-BN --trace out --draw docs/images/trace.png
 """
 
