@@ -86,6 +86,7 @@ WHOLE = gzip.compress(idx((3, 28, 28), bytes(2352)))
         (IMAGES, WHOLE[:-9], "damaged gzip file"),
         (IMAGES, WHOLE[:12] + b"xx" + WHOLE[14:], "damaged gzip file"),
     ],
+    ids=["shape", "short", "empty", "a page", "cut off", "spoilt"],  # the content has the time in it
 )
 def test_bad_file_is_refused_by_name(folder: Path, name: str, content: bytes, message: str) -> None:
     (folder / f"{name}.gz").write_bytes(content)
