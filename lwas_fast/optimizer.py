@@ -19,7 +19,7 @@ from lwas_fast.table import COUNTERS, Column
 
 
 class LayerwiseOptimizer(Optimizer):
-    """What `SGDLW` and `AdamWLW` share: layers, refreshes, guards and PyTorch's optimizer interface.
+    """What `SGDLW` and `AdamWLW` share: layers, measurements, guards and PyTorch's optimizer interface.
 
     Every so many steps the curvature of the loss along each layer's own descent direction is measured and
     turned into that layer's rate; in between rates are held. All of this but ``curvature``, ``hvp``, ``seed`` and
@@ -34,7 +34,7 @@ class LayerwiseOptimizer(Optimizer):
         common: The keywords below.
 
     Keyword Args:
-        update_every (int | None): Steps from one refresh to the next (the paper's T). Default: a tenth of the steps
+        update_every (int | None): Steps from one measurement to the next (the paper's T). Default: a tenth of the steps
             since warm-up, but at least 10 and at most 100.
         curvature (str): ``"signs"`` (default; one product, unbiased) or ``"blocks"`` (exact, one product a layer).
         hvp (str): ``"autograd"`` (default) or ``"finite_difference"``. ``step(closure)`` uses the latter anyway.
@@ -76,7 +76,7 @@ class LayerwiseOptimizer(Optimizer):
         self._measured: rates.Measured | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, also in mid-training; its first refresh comes with the next `backward`.
+        """Add a group, also in mid-training; its first measurement comes with the next `backward`.
 
         Args:
             param_group: ``{"params": ..., option: value, ...}``; ``"layers"`` overrides the optimizer's.
@@ -128,9 +128,9 @@ class LayerwiseOptimizer(Optimizer):
 
         Returns:
             For each layer: ``rate``; ``applied`` (rate after lr, ramp and cap in the last step); ``descent`` and
-            ``curvature`` of the last measurement; and counts: ``refreshes``, ``negative``, ``nonfinite``,
-            ``no_descent`` and ``growth`` of refreshes, ``capped`` and ``skipped`` of steps; ``length`` of the direction
-            and ``size`` of the weights in the last step (Euclidean norms). Waits for the device.
+            ``curvature`` of the last measurement; and counts: ``refreshes`` (those used), ``negative``, ``nonfinite``,
+            ``no_descent`` and ``growth`` of measurements, ``capped`` and ``skipped`` of steps; ``length`` of the
+            direction and ``size`` of the weights in the last step (Euclidean norms). Waits for the device.
         """
         shown = [column for column in Column if column >= Column.DESCENT]
         now = self.rates()
@@ -169,11 +169,10 @@ class LayerwiseOptimizer(Optimizer):
     ) -> Tensor:
         """``loss.backward()``, and the curvature pass when one is due.
 
-        Gradient accumulation: pass ``last=False`` for every micro-batch but the last. The refresh happens on the last
-        micro-batch, on its own gradient and curvature, taken times the number of micro-batches (the window's loss is
-        about that many times the last one's, whether it was divided by it or not). Gradients may be clipped or
-        unscaled between `backward` and `step`; rates are measured before that, so clipping shortens the step as it
-        does with any optimizer.
+        Gradient accumulation: pass ``last=False`` for every micro-batch but the last. That one is measured, on its own
+        gradient and curvature, taken times the number of micro-batches (the window's loss is about that many times the
+        last one's, whether it was divided by it or not). Gradients may be clipped or unscaled between `backward` and
+        `step`; rates are measured before that, so clipping shortens the step as it does with any optimizer.
 
         Args:
             loss: A scalar with its graph; or a callable that returns it, which ``hvp="finite_difference"`` needs
@@ -218,8 +217,8 @@ class LayerwiseOptimizer(Optimizer):
         """Take a measurement into the rates, if there is one, and update the parameters.
 
         Args:
-            closure: Clears the gradients, evaluates the loss, calls backward and returns the loss. When a refresh is
-                due it is called a second time at displaced parameters (finite differences); it must use the same
+            closure: Clears the gradients, evaluates the loss, calls backward and returns the loss. When a measurement
+                is due it is called a second time at displaced parameters (finite differences); it must use the same
                 batch both times.
 
         Returns:
@@ -258,8 +257,9 @@ class LayerwiseOptimizer(Optimizer):
             return
         self._warned = True
         warnings.warn(
-            f"{type(self).__name__} has taken {late} steps since a refresh of its rates was due. Call "
-            "opt.backward(loss) instead of loss.backward(), or opt.step(closure).",
+            f"{type(self).__name__} has taken {late} steps since a measurement of the curvature was due, and none was "
+            "made: its step sizes stay as they are. Call opt.backward(loss) instead of loss.backward(), or "
+            "opt.step(closure).",
             stacklevel=3,
         )
 
