@@ -55,7 +55,7 @@ class Here(NamedTuple):
 
 
 class Moving:
-    """What `Rule.advance` works on: gradients, weights, and which elements take part.
+    """What `Rule.advance` works on: gradients, weights, and which elements take part. Making it counts the step.
 
     Attributes:
         gradients: Ascent gradients of the loss to be minimised. Owned: may be overwritten.
@@ -128,7 +128,7 @@ class Rule(ABC):
 
     @abstractmethod
     def share(self, group: dict[str, Any]) -> float:
-        """The average's share in schedule-free weights; not asked for with momentum."""
+        """The average's share in schedule-free weights; with momentum it has no effect."""
 
     @abstractmethod
     def directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
