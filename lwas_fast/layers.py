@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -206,12 +207,6 @@ class Layout:
         groups: The optimizer's parameter groups, each with ``layer_names``.
         state: The optimizer's state; ``state[p]["layer"]`` is p's layer's row, where it is there.
         buffers_of: Names of the state tensors, shaped like the parameter, that a group keeps.
-
-    Attributes:
-        buckets: In the order of groups. ``state[p]["layer"]`` and ``state[p]["step"]`` are made views of theirs.
-
-    Raises:
-        ValueError: A layer's tensors are on two devices.
     """
 
     def __init__(
@@ -221,7 +216,17 @@ class Layout:
         buffers_of: Callable[[dict[str, Any]], tuple[str, ...]],
     ):
         self.groups, self.state, self._buffers_of = groups, state, buffers_of
-        self.buckets = [bucket for number in range(len(groups)) for bucket in self._buckets_of(number)]
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """In the order of groups. ``state[p]["layer"]`` and ``state[p]["step"]`` are made views of theirs.
+
+        Laid out when first asked for, that is late: a model may move to its device after the optimizer was made.
+
+        Raises:
+            ValueError: A layer's tensors are on two devices.
+        """
+        return [bucket for number in range(len(self.groups)) for bucket in self._buckets_of(number)]
 
     @property
     def params(self) -> list[Tensor]:

@@ -94,7 +94,6 @@ class LayerwiseOptimizer(Optimizer):
 
     @property
     def _layout(self) -> Layout:
-        # Late: a model may move to its device after the optimizer was made.
         known = self._known_layout
         if known is not None and (known.state is not self.state or known.groups is not self.param_groups):
             self._forget_layout()  # somebody put others there; what was measured is of the old rows
@@ -245,7 +244,7 @@ class LayerwiseOptimizer(Optimizer):
         return value
 
     def _evaluate(self, closure: Callable[[], Tensor]) -> Tensor:
-        replay = measure.Replay([p for g in self.param_groups for p in g["params"]]) if self.curvature_due else None
+        replay = measure.Replay(self._layout.params) if self.curvature_due else None
         value = measure.evaluate(closure)
         if replay is not None and self._measured is None:  # the closure may have called opt.backward, which measures
             found = measure.again(self._subject(), closure, value, replay)

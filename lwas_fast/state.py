@@ -21,8 +21,10 @@ from lwas_fast.table import Column
 VERSION = 2
 COLUMNS = [column.name.lower() for column in Column]
 # Of version 1, which did not say so.
-FIRST_COLUMNS = "average weight signal power descent curvature applied refreshes negative nonfinite no_descent growth"
-FIRST_COLUMNS += " capped skipped length size"
+FIRST_COLUMNS = (
+    "average weight signal power descent curvature applied refreshes negative nonfinite no_descent growth capped "
+    "skipped length size"
+).split()
 
 
 def label() -> dict[str, Any]:
@@ -31,7 +33,7 @@ def label() -> dict[str, Any]:
 
 
 def _columns_of(group: dict[str, Any]) -> list[str]:
-    return group["state_columns"] if "state_version" in group else FIRST_COLUMNS.split()
+    return group["state_columns"] if "state_version" in group else FIRST_COLUMNS
 
 
 def _partition(names: list[str]) -> list[int]:

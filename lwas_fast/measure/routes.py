@@ -158,11 +158,7 @@ def evaluate(closure: Callable[[], Tensor]) -> Tensor:
 
 
 def again(
-    subject: Subject,
-    closure: Callable[[], Tensor],
-    loss: Tensor,
-    replay: Replay,
-    scale: Tensor | float = 1.0,
+    subject: Subject, closure: Callable[[], Tensor], loss: Tensor, replay: Replay, scale: Tensor | float = 1.0
 ) -> Measurement:
     """Measure by differences of gradients, where a first evaluation of a closure has left its own.
 

@@ -37,8 +37,8 @@ def refreshed(measurement: Measurement, groups: Groups, plans: launch.Plans) -> 
     """Work out what the statistics of the layers are to become; nothing is changed but `plans`."""
     with span("rates"):
         rows = _rows(measurement, [groups[probe.bucket.group] for probe in measurement.probes], plans)
-    where = [(probe.bucket, probe.selection) for probe in measurement.probes]  # without the probes' vectors
-    return Measured(measurement.due, [(*place, new) for place, new in zip(where, rows, strict=True)])
+    pairs = zip(measurement.probes, rows, strict=True)  # their vectors need not wait for the step
+    return Measured(measurement.due, [(probe.bucket, probe.selection, new) for probe, new in pairs])
 
 
 def take_in(measured: Measured, groups: Groups) -> None:

@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, layer_vectors, loss_of, loss_of_vectors, small_net
+from cases import OPTIMIZERS, batches, layer_vectors, loss_of, loss_of_vectors, small_net, usual
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -45,16 +45,10 @@ def test_signs_average_to_the_hessian_blocks(how, monkeypatch):
         monkeypatch.setattr(probes, "draw_signs", lambda *_, draw=draw: list(draw))
         opt = SGDLW(model.named_parameters())
 
-        def closure(opt=opt):
-            opt.zero_grad()
-            loss = loss_of(model, batch)
-            loss.backward()
-            return loss
-
         if how == "autograd":
             opt.backward(loss_of(model, batch))
         else:
-            opt._evaluate(closure)
+            opt._evaluate(usual(opt, model, batch))
         ((*_, rows),) = opt._measured.rows
         sums += rows[:, Column.CURVATURE]
         opt.zero_grad()
@@ -149,11 +143,7 @@ def test_memory_is_flat_over_60_refreshes(how):
     model, batch = small_net(), batches(1)[0]
     opt = AdamWLW(model.named_parameters(), update_every=1)
 
-    def closure():
-        opt.zero_grad()
-        loss = loss_of(model, batch)
-        loss.backward()
-        return loss
+    closure = usual(opt, model, batch)
 
     def tensors() -> int:
         gc.collect()

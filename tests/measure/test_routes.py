@@ -81,6 +81,24 @@ def test_a_state_that_the_closure_loads_is_measured_on(kind):
     assert refreshes(opt) == [2, 2, 2]
 
 
+@pytest.mark.parametrize("way", ["autograd", "finite_difference", "step"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_dtype_that_the_first_closure_changes_is_that_of_the_statistics(kind, way):
+    model = small_net(torch.float32)
+    opt = OPTIMIZERS[kind](model.named_parameters(), **({} if way == "step" else {"hvp": way}))
+
+    def closure():
+        opt.zero_grad()
+        loss = loss_of(model.double(), (BATCH[0].double(), BATCH[1]))
+        if way == "step":
+            loss.backward()
+        return loss
+
+    opt.step(closure) if way == "step" else (opt.backward(closure), opt.step())
+    assert all(state["layer"].dtype == torch.float64 for state in opt.state.values())
+    assert refreshes(opt) == [1, 1, 1]
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_groups_put_in_place_of_others_are_those_that_move(kind):
     model, opt = stepped(kind)
