@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
+from told import OURS, load, name_of, where
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-OURS = {"AdamW": "AdamWLW", "SGD-m": "SGDLW"}
 ROUTES = {"autograd": "backward", "finite differences": "closure"}  # of opt.backward(loss) and opt.step(closure)
 PARTS = {"forward and backward": "0.75", "curvature": "C1", "rates": "C2", "update": "C0"}
-
-
-def name_of(case: str) -> str:
-    """A case by our names: `AdamW, autograd` is AdamWLW, backward."""
-    rule, _, route = case.partition(", ")
-    return f"{OURS[rule]}, {ROUTES[route]}"
 
 
 def draw_step(benchmarks: list[dict], device: str, path: Path) -> None:
@@ -33,7 +26,7 @@ def draw_step(benchmarks: list[dict], device: str, path: Path) -> None:
         places = [m + (c - (len(cases) - 1) / 2) * width for m in range(len(models))]
         mean = [found[model, case]["ratio_mean"] for model in models]
         ordinary = [found[model, case]["ratio"] for model in models]
-        left.bar(places, mean, width * 0.92, color=f"C{c}", label=name_of(case))
+        left.bar(places, mean, width * 0.92, color=f"C{c}", label=name_of(case, ROUTES))
         left.plot(places, ordinary, "k_", markersize=11, label="ordinary step alone" if c == 0 else None)
         bottom = [0.0] * len(models)
         for part, colour in PARTS.items():
@@ -42,7 +35,7 @@ def draw_step(benchmarks: list[dict], device: str, path: Path) -> None:
             right.bar(places, height, width * 0.92, bottom=bottom, color=colour, edgecolor="white", lw=0.5, label=label)
             bottom = [b + h for b, h in zip(bottom, height, strict=True)]
         for place, top in zip(places, bottom, strict=True):
-            right.text(place, top + 0.05, name_of(case), rotation=90, ha="center", va="bottom", fontsize=7)
+            right.text(place, top + 0.05, name_of(case, ROUTES), rotation=90, ha="center", va="bottom", fontsize=7)
     for axes, title in (
         (left, "mean of the first 500 steps / torch's fused step"),
         (right, "a step that measures / torch's fused step"),
@@ -102,16 +95,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images"), metavar="FOLDER")
     arguments = parser.parse_args()
     for file in arguments.files:
-        content = json.loads(file.read_text())
-        machine = content["machine_info"]
-        device = f"{machine['lwas_fast']['device']}, {machine['cores']} cores, torch {machine['lwas_fast']['torch']}"
-        benchmarks = [b["extra_info"] for b in content["benchmarks"] if "ratio_mean" in b["extra_info"]]
+        content, benchmarks = load(file)
+        benchmarks = [b["extra_info"] for b in benchmarks if "ratio_mean" in b["extra_info"]]
         scaling = [b for b in benchmarks if "axis" in b]
         steps = [b for b in benchmarks if "axis" not in b]
         for name, found, draw in (("step", steps, draw_step), ("scaling", scaling, draw_scaling)):
             if found:
                 path = arguments.out / f"{name}.png"
-                draw(found, device, path)
+                draw(found, where(content), path)
                 print("drawn:", path)
 
 

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-
-
-def load(path: Path) -> tuple[dict, list[dict]]:
-    """Read pytest-benchmark's JSON.
-
-    Returns:
-        What it says of the machine, and the benchmarks that have a ratio.
-    """
-    content = json.loads(path.read_text())
-    return content["machine_info"], [b for b in content["benchmarks"] if "ratio" in b["extra_info"]]
+from told import load, setting_of, where
 
 
 def group_of(benchmark: dict) -> str:
@@ -33,23 +23,19 @@ def cell_of(benchmark: dict) -> str:
     return f"{info['ratio']:.2f} ({benchmark['stats']['median'] * 1e3:.3g} ms)"
 
 
-def table_of(machine: dict, group: str, benchmarks: list[dict]) -> Table:
+def table_of(place: str, group: str, benchmarks: list[dict]) -> Table:
     """Cases against workloads, the longer of the two downwards."""
     cells: dict[tuple[str, str], str] = {}
     for b in benchmarks:
         info = b["extra_info"]
-        name = info["case"]
-        name += f", {info['threads']} threads" if info.get("threads") else ""
-        name += ", CPU time" if info.get("measure") == "launch" else ""
-        cells[name, info["workload"]] = cell_of(b)
+        cells[info["case"] + setting_of(info), info["workload"]] = cell_of(b)
     rows, columns = (list(dict.fromkeys(key[k] for key in cells)) for k in (0, 1))
     turned = len(columns) > len(rows)
     if turned:
         rows, columns = columns, rows
-    ours = machine["lwas_fast"]
     whole = any("ratio_mean" in b["extra_info"] for b in benchmarks)
     what = "ordinary step / step that measures / mean of 500" if whole else "our median"
-    table = Table(title=f"{group}: ours / theirs ({what}) on {ours['device']}, torch {ours['torch']}")
+    table = Table(title=f"{group}: ours / theirs ({what}) on {place}")
     table.add_column("")
     for column in columns:
         table.add_column(column, justify="right")
@@ -64,9 +50,9 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     console = Console(width=180)
     for path in parser.parse_args().files:
-        machine, benchmarks = load(path)
+        content, benchmarks = load(path)
         for group in dict.fromkeys(map(group_of, benchmarks)):
-            console.print(table_of(machine, group, [b for b in benchmarks if group_of(b) == group]))
+            console.print(table_of(where(content), group, [b for b in benchmarks if group_of(b) == group]))
 
 
 if __name__ == "__main__":
