@@ -35,6 +35,17 @@ def never_refreshed(kind: str, params: list[torch.Tensor], **options: object) ->
     return opt
 
 
+def kernels_of(step) -> list[str]:
+    """Names of our kernels that a step launches; the first profile of a process may miss some, so it is thrown away."""
+    for _ in range(2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    print(on_device)
+    return [name for name in on_device if "lwas" in name]
+
+
 @EACH
 @pytest.mark.parametrize("count", [57, 58, 59, 481, 1000])
 def test_more_tensors_than_a_launch_holds(kind, count):
@@ -82,11 +93,7 @@ def test_an_ordinary_step_never_waits_and_launches_twice(kind):
             opt.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        opt.step()
-        torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if "lwas" in event.name]
-    assert len(kernels) == 2, kernels
+    assert len(kernels_of(opt.step)) == 2
 
 
 @EACH
