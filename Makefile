@@ -61,7 +61,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(LINT_IMPORTS)
-	$(CLANG_FORMAT) --dry-run --Werror $(CSRC) tests/update/fuzz_update.cpp
+	$(CLANG_FORMAT) --dry-run --Werror $(CSRC) $(wildcard tests/update/fuzz/* tests/update/emulator/*)
 
 docs: $(VENV)/docs-ready
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build

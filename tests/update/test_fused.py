@@ -251,7 +251,7 @@ def test_what_a_grad_scaler_sets(kind, found, device):
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_lists_agree(kind, dtype):
-    """What fuzz_update.cpp cannot reach: views, orders and gradients as torch has them."""
+    """What test_fuzz_update.py cannot reach: views, orders and gradients as torch has them."""
     dice = torch.Generator().manual_seed(5)
 
     def number(high: int) -> int:
