@@ -58,7 +58,7 @@ using ParallelFor =
 void update_cpu(const Call& call, const ParallelFor& parallel_for);
 
 // Rows of partial sums that update_cuda needs as scratch, of so many floats each.
-constexpr int kPartialFloats = 6;
+constexpr int kPartialFloats = 7;
 int64_t partial_rows(const Call& call);
 
 // Enqueues the step on `stream` (a cudaStream_t) of the current device; std::runtime_error if a launch fails.

@@ -54,7 +54,8 @@ struct Float16 {
 #endif
 
 struct Totals {
-  double length = 0, size = 0, skipped = 0, reach = 0;
+  double length = 0, size = 0, skipped = 0;
+  float reach = 0;
 };
 
 template <typename Rule, typename Type>
@@ -67,8 +68,8 @@ LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rat
   Totals totals;
   for (int64_t begin = 0; begin < count; begin += kSummed) {
     const int64_t end = std::min(count, begin + kSummed);
-    float length = 0, size = 0, skipped = 0;
-#pragma omp simd reduction(+ : length, size, skipped)
+    float length = 0, size = 0, skipped = 0, reach = 0;
+#pragma omp simd reduction(+ : length, size, skipped) reduction(max : reach)
     for (int64_t i = begin; i < end; ++i) {
       Sums sums;
       float weight = Type::load(param[i]), m = first[i], v = Rule::kSecond ? second[i] : 0.0f;
@@ -81,13 +82,12 @@ LWAS_HD Totals advance_chunk(const Options& options, const Bias& bias, float rat
       length += sums.length;
       size += sums.size;
       skipped += sums.skipped;
+      reach = sums.reach > reach ? sums.reach : reach;
     }
     totals.length += length;
     totals.size += size;
     totals.skipped += skipped;
-    // No less than the largest |rate * d|; where the length is of d with the decay, d may be longer by that.
-    const double decay = Rule::kFree && !Rule::kDecoupled ? o.weight_decay * std::sqrt(double(size)) : 0.0;
-    totals.reach = std::max(totals.reach, rate * (std::sqrt(double(length)) + decay));
+    totals.reach = std::max(totals.reach, reach);
   }
   return totals;
 }
@@ -175,8 +175,8 @@ Loops loops_for(Rule rule, Kind kind) {
 }
 
 struct Layer {
-  bool near;
-  float rate, limit;  // of the first pass
+  bool waits, held = false;
+  float foreseen, rate;  // `rate` is the first pass's
   double elements = 0;
   Totals totals;
   Settled settled;
@@ -206,12 +206,15 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
     layer_of[i] = int(layers.size()) - 1;
     layers.back().elements += double(slot.size);
   }
+  std::vector<float> limit(tensors);
   for (int i = 0; i < tensors; ++i) {
     const float* row = call.table + int64_t(call.slots[i].row) * kColumns;
     Layer& layer = layers[layer_of[i]];
-    layer.near = with_rule(call.rule, [&](auto rule) { return waits<decltype(rule)>(call.options, control, row); });
-    layer.rate = layer.near ? 0.0f : first_rate(control, row);
-    layer.limit = limit_of(row, layer.elements);
+    layer.foreseen = foreseen_rate(control, row);
+    layer.waits =
+        with_rule(call.rule, [&](auto r) { return waits<decltype(r)>(call.options, control, layer.foreseen); });
+    layer.rate = layer.waits ? 0.0f : layer.foreseen * multiplier_of(control);
+    limit[i] = limit_of(row, layer.elements, call.slots[i].kind != Kind::kFloat32);
   }
 
   const int64_t grain = std::max<int64_t>(1, kGrain * chunks / std::max<int64_t>(1, elements));
@@ -231,7 +234,7 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
     const Slot& slot = call.slots[tensor];
     const Layer& layer = layers[layer_of[tensor]];
     partial[chunk] = loops_for(call.rule, slot.kind)
-                         .advance(call.options, bias[tensor], layer.rate, layer.limit, factor, slot, start, count);
+                         .advance(call.options, bias[tensor], layer.rate, limit[tensor], factor, slot, start, count);
   });
 
   bool differs = false;
@@ -242,13 +245,13 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
       layer.totals.length += partial[chunk].length;
       layer.totals.size += partial[chunk].size;
       layer.totals.skipped += partial[chunk].skipped;
-      layer.totals.reach = std::max(layer.totals.reach, partial[chunk].reach);
+      layer.held |= partial[chunk].reach > limit[i];
     }
     if (i + 1 == tensors || layer_of[i + 1] != layer_of[i]) {
       float* row = call.table + int64_t(call.slots[i].row) * kColumns;
       const Totals& t = layer.totals;
       layer.settled =
-          settle(control, row, layer.near, layer.limit, t.length, t.size, t.skipped, t.reach, layer.elements);
+          settle(control, row, layer.foreseen, layer.waits, layer.held, t.length, t.size, t.skipped, layer.elements);
       differs |= layer.settled.differs();
       record(layer.settled, t.skipped, row);
     }
@@ -261,7 +264,7 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
     if (!settled.differs()) return;
     const Slot& slot = call.slots[tensor];
     loops_for(call.rule, slot.kind)
-        .correct(call.options, bias[tensor], settled.before, settled.limit, settled.rate, factor, slot, start, count);
+        .correct(call.options, bias[tensor], settled.before, limit[tensor], settled.rate, factor, slot, start, count);
   });
 }
 

@@ -13,10 +13,11 @@
 namespace lwas {
 namespace {
 
-// What the first pass leaves of a chunk. `state` is the tensor's step count with this step, negative where the layer's
-// weights were left alone; it and `limit` are here because the second pass must not read what its own blocks write.
+// What the first pass leaves of a chunk: its sums, whether a move was held back (0 or 1), and what it went by. `state`
+// is the tensor's step count with this step, negative where the layer's weights were left alone; it, `limit` and
+// `foreseen` are here because the second pass must not read what its own blocks write.
 struct Partial {
-  float length, size, skipped, reach, state, limit;
+  float length, size, skipped, held, state, limit, foreseen;
 };
 
 struct Scalars {
@@ -60,15 +61,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int count = left < kChunk ? int(left) : kChunk;
 
   __shared__ Bias bias_shared;
-  __shared__ float state_shared, rate_shared, limit_shared;
+  __shared__ float state_shared, rate_shared, limit_shared, foreseen_shared;
   if (threadIdx.x == 0) {  // double arithmetic, once
     const float* row = s.table + int64_t(table.row[tensor]) * kColumns;
     const float step = s.steps[table.place[tensor]] + 1;
-    const bool near = waits<Rule>(s.options, s.control, row);
+    const float foreseen = foreseen_rate(s.control, row);
+    const bool left_alone = waits<Rule>(s.options, s.control, foreseen);
     bias_shared = bias_of(s.options, step);
-    rate_shared = near ? 0.0f : first_rate(s.control, row);
-    state_shared = near ? -step : step;
-    limit_shared = limit_of(row, double(table.elements[tensor]));
+    foreseen_shared = foreseen;
+    rate_shared = left_alone ? 0.0f : foreseen * multiplier_of(s.control);
+    state_shared = left_alone ? -step : step;
+    const bool half = Kind(table.kind[tensor] & ~kAligned) != Kind::kFloat32;
+    limit_shared = limit_of(row, double(table.elements[tensor]), half);
   }
   __syncthreads();
   const Bias bias = bias_shared;
@@ -90,9 +94,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   __shared__ Reduced<float> shared[32];
   Reduced<float> value{{sums.length, sums.size, sums.skipped}, sums.reach};
   reduce_block(value, shared);
-  if (threadIdx.x == 0)
-    s.partials[table.chunk_base + chunk] = {value.sum[0],  value.sum[1], value.sum[2],
-                                            value.largest, state_shared, limit};
+  if (threadIdx.x == 0) {
+    const float held = value.largest > limit ? 1.0f : 0.0f;
+    s.partials[table.chunk_base + chunk] = {value.sum[0], value.sum[1], value.sum[2],   held,
+                                            state_shared, limit,        foreseen_shared};
+  }
 }
 
 template <typename Rule, int kCapacity>
@@ -117,12 +123,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       Reduced<double> value{};
       for (int i = layer_begin + threadIdx.x; i < layer_end; i += kThreads) {
         const Partial partial = s.partials[i];
-        value.take({{partial.length, partial.size, partial.skipped}, partial.reach});
+        value.take({{partial.length, partial.size, partial.skipped}, partial.held});
       }
       reduce_block(value, shared);
       if (threadIdx.x == 0) {
-        settled_shared = settle(s.control, statistics, own.state < 0, own.limit, value.sum[0], value.sum[1],
-                                value.sum[2], value.largest, double(table.elements[tensor]));
+        settled_shared = settle(s.control, statistics, own.foreseen, own.state < 0, value.largest > 0, value.sum[0],
+                                value.sum[1], value.sum[2], double(table.elements[tensor]));
         // One block does the bookkeeping; the columns written here are read by no other.
         if (table.chunk_base + chunk == layer_begin) record(settled_shared, value.sum[2], statistics);
       }
@@ -144,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           static_cast<T*>(table.param[tensor]) + start, static_cast<const T*>(table.grad[tensor]) + start,
           table.first[tensor] + start, table.second[tensor] + start, left < kChunk ? int(left) : kChunk,
           table.kind[tensor] & kAligned, true, [&](float& weight, float gradient, float& m, float& v) {
-            weight = correct_element<Rule>(s.options, bias, settled.before, settled.limit, settled.rate,
-                                           gradient * factor, weight, m, v);
+            weight = correct_element<Rule>(s.options, bias, settled.before, own.limit, settled.rate, gradient * factor,
+                                           weight, m, v);
             if (sizeof(T) < sizeof(float)) settle_state<Rule>(bias, gradient * factor, weight, rounded<T>(weight), m);
           });
     });

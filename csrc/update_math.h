@@ -4,10 +4,10 @@
 // formulae; what stands here knows nothing of memory. lwas_fast/update/plain.py is the same in plain torch, and
 // tests/reference.py defines both.
 //
-// A step takes one pass over parameter, gradient and state, although the cap bounds a layer's step by ||W|| / ||d||,
-// which are known after the pass only. The pass therefore moves the weights by the uncapped rate where the norms of the
-// step before are far from the cap, leaves them where they are near it, and sums up the true norms. A second pass puts
-// right the layers whose step turns out to be another one, from the state just written; most often there are none.
+// A step takes one pass over parameter, gradient and state. The cap bounds a layer's step by ||W|| / ||d||, which are
+// known after the pass only: the pass goes by the norms that the layer's row has of the steps before, and sums up the
+// true ones. A second pass corrects, from the state just written, the layers whose step turns out to be far longer than
+// the cap, and those of which nothing was known; most often there are none.
 #pragma once
 
 #include <cmath>
@@ -55,7 +55,7 @@ struct Control {
   float cap;           // largest ||r d|| / ||W||
   float largest_rate;  // largest r, whatever the norms (decoupled decay); may be infinite
   float rms_floor;     // the weights' root mean square counts as this much at least
-  float margin;        // the layer counts as near the cap when its step was within this factor of it
+  float slack;         // a step is corrected when it is longer than this many times the cap
 };
 
 // What depends on the number of the tensor's update alone.
@@ -157,8 +157,8 @@ LWAS_HD float kept(const Options& o, float rate) {
   return Rule::kDecoupled ? 1.0f - rate * o.weight_decay : 1.0f;
 }
 
-// How far the first pass moves a weight: no further than `limit`, which is about the size of a weight, lest taking it
-// back leave nothing but the rounding of a runaway.
+// How far the first pass moves a weight: no further than `limit`, some times the size of a weight, lest taking it back
+// leave nothing but the rounding of a runaway.
 LWAS_HD float held_back(float move, float limit) {
   const float below = move < limit ? move : limit;
   return below > -limit ? below : -limit;
@@ -168,7 +168,7 @@ LWAS_HD float held_back(float move, float limit) {
 struct Sums {
   float length = 0, size = 0;  // ||d||^2 and ||W||^2, W before the step
   float skipped = 0;           // elements whose gradient is not finite: left alone
-  float reach = 0;             // largest |rate * d|, or more: beyond the limit, an element may have been held back
+  float reach = 0;             // largest |rate * d|: beyond the limit, an element was held back
 };
 
 // Selections below choose between values that are worked out in any case: that is what compilers vectorise.
@@ -228,57 +228,76 @@ LWAS_HD float rate_of(const Control& c, const float* row) {
 
 LWAS_HD float multiplier_of(const Control& c) { return c.lr * c.ramp * (c.lr_tensor ? *c.lr_tensor : 1.0f); }
 
-// The rate that the first pass moves a layer's weights by, if it does.
-LWAS_HD float first_rate(const Control& c, const float* row) {
-  const float rate = rate_of(c, row);
-  return (rate < c.largest_rate ? rate : c.largest_rate) * multiplier_of(c);
+// The largest rate of a layer with these norms. Nothing bounds it where there is no direction.
+LWAS_HD float bound_of(const Control& c, float size, float length) {
+  float bound = length > 0 ? c.cap * size / length : INFINITY;
+  if (!(bound >= 0)) bound = 0;  // both norms overflowed
+  return c.largest_rate < bound ? c.largest_rate : bound;
 }
 
-// Whether the first pass is to move a layer's weights at rate 0: because its step may be capped (so where nothing is
-// known), or because it decays by so much that it could not be taken back.
+// A layer's rate by what is known before the pass; infinite where nothing is.
+LWAS_HD float foreseen_rate(const Control& c, const float* row) {
+  if (!(row[kSize] > 0)) return INFINITY;
+  const float rate = rate_of(c, row), bound = bound_of(c, row[kSize], row[kLength]);
+  return rate < bound ? rate : bound;
+}
+
+// Whether the first pass is to leave a layer's weights alone: because nothing is known of it, or because it decays by
+// so much that it could not be taken back.
 template <typename Rule>
-LWAS_HD bool waits(const Options& o, const Control& c, const float* row) {
-  if ((Rule::kDecoupled || Rule::kFree) && !(first_rate(c, row) * o.weight_decay < 0.5f)) return true;
-  return !(c.margin * rate_of(c, row) * row[kLength] < c.cap * row[kSize]);
+LWAS_HD bool waits(const Options& o, const Control& c, float foreseen) {
+  const bool decays = Rule::kDecoupled || Rule::kFree;
+  return foreseen == INFINITY || (decays && !(foreseen * multiplier_of(c) * o.weight_decay < 0.5f));
 }
 
-// The limit of its moves: twice the root mean square of the layer's weights, as far as that is known.
-LWAS_HD float limit_of(const float* row, double elements) { return 2.0f * row[kSize] / sqrtf(float(elements)); }
+// The limit of its moves, by the root mean square of the layer's weights. A move that is taken back costs a weight the
+// digits by which it was longer than the weight, and half precision has few.
+LWAS_HD float limit_of(const float* row, double elements, bool half) {
+  return (half ? 2.0f : 8.0f) * row[kSize] / sqrtf(float(elements));
+}
 
 // What is known of a layer after the first pass.
 struct Settled {
-  float before, limit, rate;  // the rate and limit that its weights were moved by, and the rate they are to be moved by
+  float before, rate;  // what its weights were moved by, and what they are to be moved by
   float length, size;
   bool capped, moves, held;
 
   LWAS_HD bool differs() const { return moves && (held || before != rate); }
 };
 
-LWAS_HD Settled settle(const Control& c, const float* row, bool near, float limit, double length, double size,
-                       double skipped, double reach, double elements) {
+// `held`: whether a move of the first pass was longer than its limit.
+LWAS_HD Settled settle(const Control& c, const float* row, float foreseen, bool waited, bool held, double length,
+                       double size, double skipped, double elements) {
   Settled s;
-  s.limit = limit;
-  s.held = !near && reach > limit;
+  s.held = held && !waited;
   const float floor = c.rms_floor * sqrtf(float(elements));
   s.length = float(sqrt(length));
   s.size = float(sqrt(size));
   if (s.size < floor) s.size = floor;
   s.moves = skipped == 0 || skipped < elements;
-  const float rate = rate_of(c, row);
-  float bound = s.length > 0 ? c.cap * s.size / s.length : INFINITY;
-  if (!(bound >= 0)) bound = 0;  // both norms overflowed
-  if (c.largest_rate < bound) bound = c.largest_rate;
-  s.capped = rate > bound;
-  s.before = near ? 0.0f : first_rate(c, row);
-  s.rate = (s.capped ? bound : rate) * multiplier_of(c);
+  const float uncapped = rate_of(c, row), bound = bound_of(c, s.size, s.length);
+  float rate = foreseen > c.slack * bound ? bound : foreseen;
+  s.capped = rate < uncapped;
+  if (!s.capped) rate = uncapped;
+  s.before = waited ? 0.0f : foreseen * multiplier_of(c);
+  s.rate = rate * multiplier_of(c);
   return s;
+}
+
+// The norm to expect of the next direction: the root mean square over about five steps, in which an outlier counts as
+// twice the average, and a step without any direction not at all.
+LWAS_HD float expected_length(float before, float now) {
+  if (!(before > 0)) return now;
+  if (!(now > 0)) return before;
+  const float counted = now < 2 * before ? now : 2 * before, ratio = counted / before;
+  return before * sqrtf(0.8f + 0.2f * ratio * ratio);  // no square of a norm, which may overflow
 }
 
 // Bring a layer's row up to date.
 LWAS_HD void record(const Settled& s, double skipped, float* row) {
   row[kApplied] = s.moves ? s.rate : 0.0f;
   if (s.moves) {
-    row[kLength] = s.length;
+    row[kLength] = expected_length(row[kLength], s.length);
     row[kSize] = s.size;
   }
   row[kCapped] += s.moves && s.capped ? 1.0f : 0.0f;

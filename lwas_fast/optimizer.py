@@ -129,7 +129,8 @@ class LayerwiseOptimizer(Optimizer):
             For each layer: ``rate``; ``applied`` (rate after lr, ramp and cap in the last step); ``descent`` and
             ``curvature`` of the last measurement; and counts: ``refreshes`` (those used), ``negative``, ``nonfinite``,
             ``no_descent`` and ``growth`` of measurements, ``capped`` and ``skipped`` of steps; ``length`` of the
-            direction and ``size`` of the weights in the last step (Euclidean norms). Waits for the device.
+            directions (root mean square over about five steps) and ``size`` of the weights before the last (Euclidean
+            norms). Waits for the device.
         """
         shown = [column for column in Column if column >= Column.DESCENT]
         now = self.rates()

@@ -22,7 +22,7 @@ class Column(IntEnum):
     GROWTH = 9  # measurements cut back by the limit on growth
     CAPPED = 10  # steps cut back by the cap
     SKIPPED = 11  # steps in which elements were left alone because their gradient was not finite
-    LENGTH = 12  # norm of the direction in the last step
+    LENGTH = 12  # norm of the direction, root mean square over about five steps
     SIZE = 13  # norm of the weights before the last step, not below its floor
 
 

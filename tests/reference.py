@@ -21,7 +21,9 @@ down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← 
 Every step, with the gradient as it then stands (clipped, accumulated):
 
     v ← v⁺                      a = cap · max(‖W‖, 0.01√N)/‖d‖    (AdamW, γ > 0: at most cap/γ)
-    r = min(G rate, a) · lr · min(1, (k − warmup_steps + 1)/ramp_steps)    (warm-up: min(warmup_rate, a) · lr)
+    s = min(G rate, b), b being a of the step before with ℓ for ‖d‖, but a in the first; s ← a if s > 2a
+    ℓ² ← .8 ℓ² + .2 min(‖d‖, 2ℓ)²   (ℓ ← ‖d‖ in the first)
+    r = s · lr · min(1, (k − warmup_steps + 1)/ramp_steps)             (warm-up: warmup_rate for G rate, no ramp)
 
     schedule-free (Defazio et al., arXiv 2405.15682; Z = X = W at the start):    d = −Dg
     G = 1/√(1−β₁+β₁/(k+1)), but 1 where nothing was measured yet
@@ -129,7 +131,7 @@ class Reference:
         self.Z, self.X = list(self.W), list(self.W)
         self.share = math.nan  # of X in W
         self.m, self.v = ([torch.zeros_like(w) for w in self.W] for _ in range(2))
-        self.E, self.w, self.applied = ([0.0] * len(W) for _ in range(3))
+        self.E, self.w, self.applied, self.size, self.length = ([0.0] * len(W) for _ in range(5))
         self.k, self.n = 0, [0] * len(W)  # steps and updates done so far
         self.last_k: int | None = None
         self.due = self.hyper.warmup_steps
@@ -217,16 +219,28 @@ class Reference:
         G = 1 / math.sqrt(1 - beta1 + beta1 / (self.k + 1)) if h.schedule_free and self.w[i] > 0 else 1.0
         rate = G * self.rate[i] if since >= 0 else h.warmup_rate
         ramp = min(1.0, (since + 1) / h.ramp_steps) if since >= 0 and h.ramp_steps > 0 else 1.0
-        a = (h.cap * W.norm().clamp(min=0.01 * math.sqrt(W.numel())) / d.norm()).item()  # Inf where d = 0
-        a = min(a, h.cap / decay) if decay > 0 else a  # decaying by more than `cap` is a runaway as well
-        self.events[i]["capped"] += int(rate > a)
-        r = self.applied[i] = min(rate, a) * h.lr * ramp
+        size, length = max(W.norm().item(), 0.01 * math.sqrt(W.numel())), d.norm().item()
+        step = self._bounded(i, rate, size, length, decay)
+        self.events[i]["capped"] += int(step < rate)
+        r = self.applied[i] = step * h.lr * ramp
         if h.schedule_free:
             self.Z[i] = torch.where(alive, self.Z[i] + r * (d - decay * W), self.Z[i])
             self.X[i] = torch.where(alive, self.X[i] + (self.Z[i] - self.X[i]) / self.n[i], self.X[i])
             self.W[i] = beta1 * self.X[i] + (1 - beta1) * self.Z[i]
         else:
             self.W[i] = torch.where(alive, (1 - r * decay) * W + r * d, W)
+
+    def _bounded(self, i: int, rate: float, size: float, length: float, decay: float) -> float:
+        def largest(size: float, length: float) -> float:
+            bound = self.hyper.cap * size / length if length > 0 else math.inf
+            return min(bound, self.hyper.cap / decay) if decay > 0 else bound  # to decay by more is a runaway as well
+
+        expected = self.length[i]
+        step, bound = min(rate, largest(self.size[i], expected)), largest(size, length)
+        if length > 0:
+            self.length[i] = math.hypot(0.8**0.5 * expected, 0.2**0.5 * min(length, 2 * expected)) or length
+        known, self.size[i] = self.size[i] > 0, size
+        return step if known and step <= 2 * bound else min(rate, bound)
 
 
 class ReferenceSGDLW(Reference):

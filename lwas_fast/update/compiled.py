@@ -10,12 +10,7 @@ from torch import Tensor
 
 from lwas_fast.layers import RMS_FLOOR
 from lwas_fast.rule import Part, Rule, Scaling
-from lwas_fast.update.control import control
-
-# A layer whose step was within this factor of its cap has its weights moved in a second pass, when the norms are known;
-# others in the first, and corrected if they turn out to be capped, which takes a direction that many times as long as
-# the one before. Results are the same up to rounding: one more, at about the weights' own size, where it was corrected.
-NEAR = 2.0
+from lwas_fast.update.control import SLACK, control
 
 
 def compiled_step(rule: Rule, part: Part, scaling: Scaling) -> None:
@@ -39,7 +34,7 @@ def compiled_step(rule: Rule, part: Part, scaling: Scaling) -> None:
         bucket.table,
         bucket.steps,
         selection.where,
-        [float(lr), ramp, warmup_rate, gain, cap, largest, RMS_FLOOR, NEAR],
+        [float(lr), ramp, warmup_rate, gain, cap, largest, RMS_FLOOR, SLACK],
         warming,
         *rule.numbers(group),
         group["maximize"],

@@ -12,6 +12,10 @@ from lwas_fast.rates import current
 from lwas_fast.rule import Rule
 from lwas_fast.table import Column
 
+# A step is bounded by the norms expected before it. When it has been taken the true ones are known, and it is corrected
+# if it was longer than so many times the cap.
+SLACK = 2.0
+
 
 class Control(NamedTuple):
     """What turns a layer's rate into its step: the same for all layers of a group.
@@ -71,18 +75,35 @@ def stepped(
         control: The rest of what holds for all of them.
 
     Returns:
-        The new table: `APPLIED` is the answer, `LENGTH` and `SIZE` are noted, `CAPPED` and `SKIPPED` count.
+        The new table: `APPLIED` is the answer, `LENGTH` and `SIZE` are for the next, `CAPPED` and `SKIPPED` count.
     """
     new = table.clone()
     rate = current(table, control.warmup_rate)
     rate = torch.where(table[:, Column.WEIGHT] > 0, rate * control.gain, rate)
     if control.warming:
         rate = torch.full_like(rate, control.warmup_rate)
-    bound = torch.where(lengths > 0, control.cap * sizes / lengths, math.inf)
-    bound = bound.nan_to_num(nan=0.0, posinf=math.inf).clamp(max=control.largest_rate)  # NaN: both norms overflowed
-    new[:, Column.APPLIED] = torch.where(moves, torch.minimum(rate, bound) * lr * control.ramp, 0.0)
-    new[:, Column.CAPPED] += moves & (rate > bound)
+    expected, bound = table[:, Column.LENGTH], largest_rate(sizes, lengths, control)
+    foreseen = torch.minimum(rate, largest_rate(table[:, Column.SIZE], expected, control))
+    foreseen = torch.where(table[:, Column.SIZE] > 0, foreseen, math.inf)  # where nothing is known yet
+    step = torch.where(foreseen > SLACK * bound, bound, foreseen).minimum(rate)
+    new[:, Column.APPLIED] = torch.where(moves, step * lr * control.ramp, 0.0)
+    new[:, Column.CAPPED] += moves & (step < rate)
     new[:, Column.SKIPPED] += skipped
-    new[:, Column.LENGTH] = torch.where(moves, lengths, table[:, Column.LENGTH])
+    new[:, Column.LENGTH] = torch.where(moves, expected_lengths(expected, lengths), expected)
     new[:, Column.SIZE] = torch.where(moves, sizes, table[:, Column.SIZE])
     return new
+
+
+def largest_rate(sizes: Tensor, lengths: Tensor, control: Control) -> Tensor:
+    """The largest rate of layers with these norms; nothing but the decay bounds it where there is no direction."""
+    bound = torch.where(lengths > 0, control.cap * sizes / lengths, math.inf)
+    return bound.nan_to_num(nan=0.0, posinf=math.inf).clamp(max=control.largest_rate)  # NaN: both norms overflowed
+
+
+def expected_lengths(before: Tensor, now: Tensor) -> Tensor:
+    """Norms to expect of the next directions: the root mean square over about five steps.
+
+    An outlier counts as twice the average, and a step without any direction not at all.
+    """
+    ratio = (now / before).clamp(max=2)
+    return torch.where(before > 0, torch.where(now > 0, before * (0.8 + 0.2 * ratio.square()).sqrt(), before), now)

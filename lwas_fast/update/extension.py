@@ -13,7 +13,7 @@ from lwas_fast.layers import FUSED_DTYPES, Bucket
 from lwas_fast.options import wants_plain
 from lwas_fast.rule import Rule
 
-INTERFACE = 3  # of the operators, in csrc/bindings.cpp as well: to be raised there and here when a schema changes
+INTERFACE = 4  # of the operators, in csrc/bindings.cpp as well: to be raised there and here when a schema changes
 
 
 def load_extension(version: str = torch.__version__) -> tuple[ModuleType | None, str]:

@@ -41,12 +41,17 @@ FAULTS = {
     ),
     "rows of another layer's": ("if (row != table.row[tensor]) {", "if (FAULT ? row < 0 : row != table.row[tensor]) {"),
     "whether a layer waited is asked again": (
-        "settle(s.control, statistics, own.state < 0,",
-        "settle(s.control, statistics, FAULT ? waits<Rule>(s.options, s.control, statistics) : own.state < 0,",
+        "own.state < 0, value.largest",
+        "FAULT ? waits<Rule>(s.options, s.control, foreseen_rate(s.control, statistics)) : own.state < 0,\n"
+        "value.largest",
+    ),
+    "the rate that was foreseen is asked again": (
+        "settle(s.control, statistics, own.foreseen,",
+        "settle(s.control, statistics, FAULT ? foreseen_rate(s.control, statistics) : own.foreseen,",
     ),
     "the limit of a layer's moves is asked again": (
-        "own.limit, value",
-        "FAULT ? limit_of(statistics, double(table.elements[tensor])) : own.limit, value",
+        "settled.before, own.limit, settled",
+        "settled.before, FAULT ? limit_of(statistics, double(table.elements[tensor]), false) : own.limit, settled",
     ),
     "a chunk is put right twice": ("blockIdx.x / gridDim.x);", "blockIdx.x / gridDim.x) - (FAULT && blockIdx.x > 0);"),
     "a layer's last chunk is left out": ("i < layer_end; i +=", "i < layer_end - FAULT; i +="),

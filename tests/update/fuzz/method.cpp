@@ -11,8 +11,10 @@ namespace {
 
 // What a layer's step is, worked out from its row before the step and from its true norms.
 struct Applied {
-  double first, limit;  // the first pass moves by no more than this rate, and this far: what it rounds is bounded
+  double first;  // the first pass moves by no more than this rate
+  double usual;  // root mean square of the weights as the row has it; the first pass moves by a multiple at most
   double rate;
+  double length;  // that is expected of the next direction
   bool capped;
   bool sure;  // not so close to a decision that float32 may rightly take the other one
 };
@@ -21,9 +23,25 @@ struct Applied {
 Applied apply_cap(const Control& c, const float* row, double length, double size, double elements) {
   const double multiplier = double(c.lr) * c.ramp * (c.lr_tensor ? *c.lr_tensor : 1.0f);
   const double rate = !c.warming && row[kWeight] > 0 ? c.gain * row[kAverage] / row[kWeight] : c.warmup_rate;
-  const double bound = std::min(length > 0 ? c.cap * size / length : INFINITY, double(c.largest_rate));
-  return {std::min(rate, double(c.largest_rate)) * multiplier, 2 * row[kSize] / std::sqrt(elements),
-          std::min(rate, bound) * multiplier, rate > bound, !(std::fabs(rate / bound - 1) <= 1e-4)};
+  const auto largest = [&](double size, double length) {
+    return std::min(length > 0 ? c.cap * size / length : INFINITY, double(c.largest_rate));
+  };
+  // By the norms known before the step, but where nothing was, or where the step would be far longer than the cap.
+  const double expected = row[kLength], bound = largest(size, length);
+  const bool known = row[kSize] > 0;
+  const double foreseen = std::min(rate, largest(row[kSize], expected));
+  const double taken = known && foreseen <= c.slack * bound ? foreseen : std::min(rate, bound);
+  const double outlier = std::min(length, 2 * expected);
+  const double next = !(expected > 0) ? length
+                      : length > 0    ? std::sqrt(0.8 * expected * expected + 0.2 * outlier * outlier)
+                                      : expected;
+  const auto apart = [](double one, double two) { return !(std::fabs(one / two - 1) <= 1e-4); };
+  return {known ? foreseen * multiplier : 0,
+          row[kSize] / std::sqrt(elements),
+          taken * multiplier,
+          next,
+          taken < rate,
+          apart(foreseen, c.slack * bound) && apart(rate, bound) && apart(rate, largest(row[kSize], expected))};
 }
 
 // Hyperparameters of a call.
@@ -117,7 +135,7 @@ class Layer {
     // Sums in float32 lose digits behind a few large elements. Schedule-free, SGD's gradient and its decay may cancel
     // within a direction.
     const double exact = method_.free && !method_.adam && method_.decay > 0 ? 2e-4 : 1e-4;
-    const double rate = moves_ ? applied_.rate : 0, length = moves_ ? length_ : before[kLength],
+    const double rate = moves_ ? applied_.rate : 0, length = moves_ ? applied_.length : before[kLength],
                  size = moves_ ? size_ : before[kSize];
     const bool skipped = alive_ < count_, capped = moves_ && applied_.capped;
     if (applied_.sure && !close(after[kApplied], rate, exact * rate))
@@ -156,8 +174,9 @@ class Layer {
     const double ulp = slot.kind == Kind::kFloat32 ? 1e-6 : slot.kind == Kind::kBFloat16 ? 8e-3 : 1e-3;
     const double tiny = slot.kind == Kind::kFloat16 ? 6e-8 : 0;  // spacing of its subnormal numbers
     double weight = e.weight, state = e.first, average = 0;
-    // What either pass rounds: the first moves a weight by no more than about the weights' own size.
-    double swing = std::fabs(e.weight) + r * d + std::min(first * d, applied_.limit);
+    // What either pass rounds: the first moves a weight by no more than a few times the weights' own size.
+    const double limit = applied_.usual * (slot.kind == Kind::kFloat32 ? 8 : 2);
+    double swing = std::fabs(e.weight) + r * d + std::min(first * d, limit);
     if (!e.alive) {
       swing = 0;
     } else if (m.free) {  // iterate and average, from what stood there
