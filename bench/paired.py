@@ -17,34 +17,50 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def paired(benchmark: Any, ours: Step, theirs: Step, device: str, rounds: int, launch_only: bool = False) -> float:
+def paired(
+    benchmark: Any,
+    ours: Step,
+    theirs: Step,
+    device: str,
+    rounds: int,
+    measure: str = "whole",
+    between: Step = lambda: None,
+) -> float:
     """Time `ours` with pytest-benchmark and `theirs` before each of its rounds; note both and their ratio.
 
     Args:
-        benchmark: pytest-benchmark's fixture; its JSON gets ``theirs_median``, ``theirs_min`` and ``ratio`` (medians).
+        benchmark: pytest-benchmark's fixture; its JSON gets ``seconds`` and ``theirs_median`` (medians) and ``ratio``.
         ours: One step of the side that is measured.
         theirs: One step of the side it is compared with.
         device: "cuda" waits for the device in both timings, "cpu" need not.
         rounds: How many steps of each.
-        launch_only: On CUDA, stop the clock when the step is enqueued: the CPU's time.
+        measure: "whole" takes the time until a step is done. On CUDA, "launch" stops the clock when it is enqueued: the
+            CPU's time; "device" takes the GPU's alone, of a step that was enqueued in full before the GPU began.
+        between: What is done before each pair, outside of the times.
 
     Returns:
         The ratio of the medians, ours over theirs.
     """
     seconds: list[float] = []
+    on_device: list[float] = []
 
     def other() -> None:
+        between()
         _wait(device)
+        if measure == "device":
+            seconds.append(_device_time(theirs))
+            on_device.append(_device_time(ours))
+            return
         start = time.perf_counter()
         theirs()
-        if not launch_only:
+        if measure == "whole":
             _wait(device)
         seconds.append(time.perf_counter() - start)
         _wait(device)
 
     def mine() -> None:
         ours()
-        if not launch_only:
+        if measure == "whole":
             _wait(device)
 
     for _ in range(3):  # state is made, memory is touched
@@ -52,6 +68,17 @@ def paired(benchmark: Any, ours: Step, theirs: Step, device: str, rounds: int, l
         ours()
     benchmark.pedantic(mine, setup=other, rounds=rounds, iterations=1)
     median = statistics.median(seconds)
-    ratio: float = benchmark.stats.stats.median / median
-    benchmark.extra_info.update(theirs_median=median, theirs_min=min(seconds), ratio=ratio)
-    return ratio
+    own = statistics.median(on_device) if on_device else benchmark.stats.stats.median
+    benchmark.extra_info.update(seconds=own, theirs_median=median, ratio=own / median)
+    return float(own / median)
+
+
+def _device_time(step: Step) -> float:
+    """Seconds that the GPU works on a step; it is kept busy until all of the step is enqueued."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(20_000_000)  # clock cycles: 10 ms
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -20,7 +20,7 @@ def cell_of(benchmark: dict) -> str:
     info = benchmark["extra_info"]
     if "ratio_mean" in info:
         return f"{info['ratio']:.2f} / {info['ratio_measuring']:.1f} / {info['ratio_mean']:.2f}"
-    return f"{info['ratio']:.2f} ({benchmark['stats']['median'] * 1e3:.3g} ms)"
+    return f"{info['ratio']:.2f} ({info.get('seconds', benchmark['stats']['median']) * 1e3:.3g} ms)"
 
 
 def table_of(place: str, group: str, benchmarks: list[dict]) -> Table:

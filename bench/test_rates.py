@@ -71,7 +71,7 @@ def test_rates(benchmark, device, workload, dtype, against, measure):
     apart_plans: dict = {one.selection: {} for one, _ in apart}
     count = sum(p.numel() for p in params)
     with torch.no_grad():
-        paired(benchmark, ours, theirs, device, (50 if CUDA else 9) if count > 100e6 else 50, measure == "launch")
+        paired(benchmark, ours, theirs, device, (50 if CUDA else 9) if count > 100e6 else 50, measure)
     moved = count * (4 + 2 * params[0].element_size())
     benchmark.extra_info.update(
         workload=workload,
@@ -80,5 +80,5 @@ def test_rates(benchmark, device, workload, dtype, against, measure):
         parameters=count,
         tensors=len(params),
         bytes=moved,
-        gigabytes_per_second=moved / benchmark.stats.stats.median / 1e9,
+        gigabytes_per_second=moved / benchmark.extra_info["seconds"] / 1e9,
     )

@@ -28,7 +28,7 @@ def name_of(case: str, routes: dict[str, str]) -> str:
 
 
 def setting_of(info: dict[str, Any]) -> str:
-    """What a case's name leaves open: threads, and whether the device was waited for."""
+    """What a case's name leaves open: threads, and whose time it is."""
     threads = info.get("threads")
     text = f", {threads} thread{'s' * (threads > 1)}" if threads else ""
-    return text + (", CPU time" if info.get("measure") == "launch" else "")
+    return text + {"launch": ", CPU time", "device": ", GPU time"}.get(info.get("measure", ""), "")
