@@ -70,6 +70,8 @@ def at_first_use(device: str) -> None:
                 EXTENSION, BUILD, WITHOUT_CUDA = module, module.build_info(), plan.without
                 break
         TRIED[device] = reason or None
+        if isinstance(plan, str) and "LWAS_FAST_BUILD" in plan and plan != first_use.REFUSED and not first_use.FAILED:
+            first_use.say(plan, "Plain torch serves")  # somebody insisted on something
 
 
 def missing(device: str) -> str | None:

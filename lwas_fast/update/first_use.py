@@ -28,6 +28,7 @@ from lwas_fast.update import toolchain
 
 LIMIT = 600.0  # seconds that a build may take, and that others wait for it
 FAILED: dict[Path, str] = {}  # what could not be built, and why: not tried again by this process
+REFUSED = "LWAS_FAST_BUILD=none"
 log = logging.getLogger("lwas_fast")
 
 
@@ -74,7 +75,7 @@ def plan() -> Plan | str:
     except ValueError as error:
         return str(error)
     if choice == "none":
-        return "LWAS_FAST_BUILD=none"
+        return REFUSED
     csrc = sources()
     if csrc is None or os.name != "posix":
         return "its sources are not there" if csrc is None else f"that is not written for {sys.platform}"
@@ -89,10 +90,13 @@ def plan() -> Plan | str:
     else:
         without = FAILED.get(with_cuda) if cuda is not None else None
         without = without or toolchain.why_no_cuda(torch)
-    if without is not None and choice == "cuda":
-        return f"LWAS_FAST_BUILD=cuda, but {without}"
     found = Plan(with_cuda, cuda, "") if without is None else Plan(_library(csrc, None), None, without)
-    return found if found.library.exists() else toolchain.why_no_compiler() or found
+    reason = without if choice == "cuda" else None
+    if reason is None and not found.library.exists():
+        reason = toolchain.why_no_compiler()
+    if reason is not None:
+        return reason if choice == "auto" else f"LWAS_FAST_BUILD={choice}, but {reason}"
+    return found
 
 
 @contextlib.contextmanager
@@ -142,13 +146,17 @@ def build(wanted: Plan) -> str | None:
         reason = f"{error} (TORCH_EXTENSIONS_DIR names another folder)"
     if reason is not None:
         FAILED[wanted.library] = reason
-        log.warning(
-            "lwas_fast: no compiled update for %s: %s. Plain torch serves, with the same results but slower. "
-            "LWAS_FAST_BUILD=none stops trying",
-            wanted,
-            reason,
-        )
+        say(reason, "CUDA tensors are updated in plain torch" if wanted.cuda else "Plain torch serves")
     return reason
+
+
+def say(reason: str, what_follows: str) -> None:
+    """Log why there is no compiled update."""
+    log.warning(
+        "lwas_fast: no compiled update: %s. %s, with the same results but slower; LWAS_FAST_BUILD=none stops trying",
+        reason,
+        what_follows,
+    )
 
 
 def _compile(wanted: Plan) -> str | None:
@@ -182,7 +190,8 @@ def _compile(wanted: Plan) -> str | None:
                 out.write(f"\nerror: not ready after {LIMIT:.0f} s\n")
         built = Path(work, wanted.library.name)
         if process.returncode != 0 or not built.exists():
-            return f"its build failed after {time.monotonic() - start:.0f} s: {_cause(report)} (all of it: {report})"
+            taken = f"{time.monotonic() - start:.0f} s"
+            return f"the build for {wanted} failed after {taken}: {_cause(report)} (all of it: {report})"
         os.replace(built, wanted.library)  # whole, or not at all
     log.warning("lwas_fast: built in %.0f s, into %s", time.monotonic() - start, folder)
     return None

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from lwas_fast import AdamWLW
+from lwas_fast.__main__ import main
 from lwas_fast.installed import describe
 from lwas_fast.update import extension, first_use, toolchain
 
@@ -101,6 +102,17 @@ def test_built_once_when_it_is_first_needed(compiler, caplog):
     assert "compiled, for CPU" in table()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_command_builds_now(compiler, monkeypatch, capsys, fails):
+    compiler.fails = {False: "the build failed"} if fails else {}
+    monkeypatch.setattr(sys, "argv", ["lwas_fast", "--build"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == fails
+    assert len(compiler.plans) == 1
+    assert ("the build failed" if fails else "compiled, for CPU") in capsys.readouterr().out
+
+
 def test_fused_builds_when_the_optimizer_is_made(compiler):
     AdamWLW([("weight", torch.zeros(3).requires_grad_())], fused=True)
     assert len(compiler.plans) == 1
@@ -147,16 +159,18 @@ def test_cache_is_for_this_torch_python_sources_and_flags(cache, monkeypatch, tm
         ("none", None, "LWAS_FAST_BUILD=none"),
         ("gpu", None, "LWAS_FAST_BUILD=gpu: it must be"),
         ("cuda", None, "LWAS_FAST_BUILD=cuda, but this torch has no CUDA"),
+        ("cpu", "there is no C++ compiler (g++)", "LWAS_FAST_BUILD=cpu, but there is no C++ compiler"),
         ("auto", "there is no C++ compiler (g++)", "there is no C++ compiler"),
     ],
 )
-def test_true_reason_is_named(compiler, monkeypatch, value, missing, words):
+def test_true_reason_is_named(compiler, monkeypatch, caplog, value, missing, words):
     monkeypatch.setenv("LWAS_FAST_BUILD", value)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(toolchain, "why_no_compiler", lambda: missing)
     assert table().startswith("torch foreach; no compiled update: none was compiled at installation")
     assert words in table()
     assert not serves()
+    assert (words in caplog.text) == (value in ("gpu", "cuda", "cpu"))  # who insists is told
     with pytest.raises(RuntimeError, match=f"fused=True.*no compiled update.*{re.escape(words)}"):
         serves(fused=True)
     assert compiler.plans == []
