@@ -86,9 +86,9 @@ if int(setuptools_version.split(".")[0]) < 77:
     )
 
 setup(
-    # The kernels and the C++ code stand at the top of the repository, and are installed inside the package.
+    # The kernels and the C++ code (MANIFEST.in has it) stand beside the package, and are installed inside it.
     packages=[*find_packages(include=["lwas_fast", "lwas_fast.*"]), "lwas_fast.triton_kernels", "lwas_fast.csrc"],
     package_dir={"lwas_fast.triton_kernels": "triton_kernels", "lwas_fast.csrc": "csrc"},
-    package_data={"lwas_fast": ["py.typed"], "lwas_fast.csrc": ["*"]},
+    package_data={"lwas_fast": ["py.typed"]},
     **extension(),
 )
