@@ -174,7 +174,7 @@ def _compile(wanted: Plan) -> str | None:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # ninja may be installed beside a Python whose environment is not activated.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as work:
+    with tempfile.TemporaryDirectory(prefix="building-", dir=folder, ignore_cleanup_errors=True) as work:
         shutil.copytree(sources() or "", Path(work, "csrc"))
         with report.open("w", encoding="utf-8") as out:
             process = subprocess.Popen(
@@ -183,7 +183,7 @@ def _compile(wanted: Plan) -> str | None:
             try:
                 process.wait(LIMIT)
             except BaseException as error:  # the user interrupts: then no compiler goes on
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGTERM)  # ninja hands it on; not by a signal that it could not catch
                 process.wait()
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
