@@ -9,7 +9,7 @@
 #                   bench/results/, tables at the end; ARGS="-k step" takes a part
 #   make lint       ruff, mypy, import-linter, clang-format
 #   make docs       the documentation's pages in site/; a broken link fails
-#   make package    wheel and source distribution, each installed in a fresh environment and tried there, 2 minutes
+#   make package    wheel and source distribution, each installed in a fresh environment and tried there, 3 minutes
 #   make clean      start over
 #
 # Which torch: when $(PYTHON) has one in 2.11 to 2.14 it is used as it is, from where it is; nothing is installed

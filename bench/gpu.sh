@@ -61,23 +61,7 @@ measure() { # measure NAME FILE [OPTION...]: runs bench/test_FILE.py with pytest
 export STAGES PYTHON
 export -f measure
 
-# The toolkit's own folder. torch takes it from where nvcc lies on the PATH, which may be a wrapper in another place.
-cuda_home() {
-  local home
-  for home in "${CUDA_HOME:-}" /usr/local/cuda "$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")" \
-    "$($PYTHON -c 'import nvidia.cu13 as toolkit; print(*toolkit.__path__)' 2>/dev/null)"; do
-    if [ -x "$home/bin/nvcc" ] && [ -e "$home/include/cuda_runtime.h" ]; then
-      echo "$home"
-      return
-    fi
-  done
-}
-export -f cuda_home
-
 stage_build() {
-  CUDA_HOME=$(cuda_home)
-  [ -n "$CUDA_HOME" ] && export CUDA_HOME || unset CUDA_HOME
-  echo "CUDA_HOME=${CUDA_HOME:-not found}"
   LWAS_FAST_BUILD=cuda $PYTHON -m pip install -v -e . --no-build-isolation --no-deps
   $PYTHON -m lwas_fast
 }

@@ -7,7 +7,25 @@ import platform
 import torch
 
 from lwas_fast.rates import launch
-from lwas_fast.update.extension import BUILD, EXTENSION, MISSING
+from lwas_fast.update import extension, first_use
+
+
+def build() -> bool:
+    """Build the compiled update now, if it would be built at first use; whether there is one."""
+    return extension.missing("cuda" if torch.cuda.is_available() else "cpu") is None
+
+
+def _update(device: str) -> str:
+    """Which update serves a type of device, or will, or why no compiled one does."""
+    plan = None if extension.EXTENSION is not None or device in extension.TRIED else first_use.plan()
+    if isinstance(plan, first_use.Plan) and (device == "cpu" or plan.cuda) and not plan.library.exists():
+        return f"will be compiled at first use, for {plan}; or now: python -m lwas_fast --build"
+    reason, built = extension.missing(device), extension.BUILD
+    if extension.EXTENSION is None:
+        return f"torch foreach; no compiled update: {reason}"
+    where = f"CPU and CUDA ({built['cuda']})" if built["cuda"] else "CPU"
+    lacks = f" ({reason})" if reason else ""
+    return f"compiled, for {where}{lacks}; torch {built['torch']}, compiler {built['compiler']}"
 
 
 def describe() -> list[tuple[str, str]]:
@@ -21,11 +39,6 @@ def describe() -> list[tuple[str, str]]:
         no_launch = launch.why_not(torch.device("cuda", 0))
     else:
         device = "CPU" if cuda is None else f"CPU (torch has CUDA {cuda}, but no GPU was found)"
-    if EXTENSION is None:
-        update = f"torch foreach; no compiled update: {MISSING}"
-    else:
-        where = f"CPU and CUDA ({BUILD['cuda']})" if BUILD["cuda"] else "CPU"
-        update = f"compiled, for {where}; torch {BUILD['torch']}, compiler {BUILD['compiler']}"
     return [
         ("lwas_fast", lwas_fast.__version__),
         ("torch", torch.__version__),
@@ -33,6 +46,6 @@ def describe() -> list[tuple[str, str]]:
         ("device", device),
         ("threads", str(torch.get_num_threads())),
         ("triton", launch.triton_version() or "not installed (not needed)"),
-        ("update", update),
+        ("update", _update("cuda" if torch.cuda.is_available() else "cpu")),
         ("rates", f"torch; no Triton: {no_launch}" if no_launch else "one Triton launch on CUDA; torch on the CPU"),
     ]

@@ -19,6 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
+# Tests take what the installation compiled, or plain torch: none of them builds anything unless it is about that.
+os.environ["LWAS_FAST_BUILD"] = "none"
+
 # Triton's kernels run in its interpreter where there is no GPU; it reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -85,7 +85,7 @@ def test_every_picture_is_shown():
 
 
 def messages() -> set[str]:
-    """What the package raises and warns of, one string each, variable parts as '...'."""
+    """What the package raises, warns of and logs, one string each, variable parts as '...'."""
 
     def text(node: ast.expr) -> str:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -101,8 +101,8 @@ def messages() -> set[str]:
             if not isinstance(call, ast.Call) or not call.args:
                 continue
             name = ast.unparse(call.func)
-            if name.endswith(("Error", "warn")) and (words := text(call.args[0])).strip("."):
-                found.add(words)
+            if name.endswith(("Error", "warn", "log.warning")) and (words := text(call.args[0])).strip("."):
+                found.add(re.sub(r"%(s|\.0f)", "...", words))
     return found
 
 

@@ -1,8 +1,9 @@
-"""What gets installed is whole: the kernels from the top of the repository, the marker of types, the version.
+"""What gets installed is whole: kernels and C++ code from the top of the repository, the marker of types, the version.
 
-Catches: a wheel without ``lwas_fast.triton_kernels``, an installed package that only imports inside the repository, a
-clone that runs another clone's kernels, a package that imports Triton without need. `make package` builds, installs and
-trains in earnest.
+Catches: a wheel without ``lwas_fast.triton_kernels``, or without the sources that are built at first use; an installed
+package that only imports inside the repository; a clone that runs another clone's kernels; a package that imports
+Triton without need; an installation that fails, or compiles nothing, where less than all is there. `make package`
+builds, installs and trains in earnest.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     expected = {"lwas_fast/py.typed"}
     expected |= {file.relative_to(ROOT).as_posix() for file in (ROOT / "lwas_fast").rglob("*.py")}
     expected |= {f"lwas_fast/triton_kernels/{file.name}" for file in (ROOT / "triton_kernels").glob("*.py")}
+    expected |= {f"lwas_fast/csrc/{file.name}" for file in (ROOT / "csrc").iterdir()}
     assert names == expected
     assert "lwas_fast/triton_kernels/__init__.py" in names
 
@@ -62,9 +64,16 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
 def test_installed_wheel_imports_away_from_the_repository(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     run(*PIP, "install", "--no-deps", "--no-index", "--target", site, wheel)
+    env = os.environ | {
+        "PYTHONPATH": str(site),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"),
+        "LWAS_FAST_BUILD": "cpu",
+    }
     code = "import lwas_fast, lwas_fast.triton_kernels as k; print(lwas_fast.__file__, k.__file__, sep='\\n')"
-    done = run(sys.executable, "-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)})
+    done = run(sys.executable, "-c", code, cwd=tmp_path, env=env)
     assert [Path(line).is_relative_to(site) for line in done.split()] == [True, True]
+    assert "will be compiled at first use" in run(sys.executable, "-m", "lwas_fast", cwd=tmp_path, env=env)
+    assert not (tmp_path / "cache").exists()  # neither the import nor the question builds
 
 
 def test_every_clone_runs_its_own_kernels(tmp_path: Path) -> None:
@@ -110,6 +119,48 @@ def test_build_that_cannot_be_had_says_why(value: str, words: str, tmp_path: Pat
     )
     assert done.returncode != 0
     assert words in done.stderr
+
+
+def test_build_without_torch_leaves_it_to_the_first_use() -> None:
+    """As pip does it by itself: in an environment of its own, where torch is not."""
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = ['--version']; runpy.run_path('setup.py')"
+    command, env = [sys.executable, "-c", code], os.environ | {"LWAS_FAST_BUILD": "auto"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0
+    assert "torch cannot be imported here" in done.stderr and "tried again at first use" in done.stderr
+
+
+# A torch with CUDA is pretended; the toolkit is one of which torch's headers know nothing. No compiler runs.
+WITHOUT_CUDA = """
+import runpy, sys, torch
+from setuptools.command.build_ext import build_ext
+torch.version.cuda, torch.cuda.is_available, torch.cuda._is_compiled = "13.0", lambda: False, lambda: True
+def build(self):
+    (module,) = self.extensions
+    print(sorted(module.sources), module.optional)
+    if module.define_macros:
+        raise RuntimeError("no such header")
+build_ext.build_extensions = build
+sys.argv[1:] = ["build_ext", "--build-lib", "built", "--build-temp", "built"]
+runpy.run_path("setup.py")
+"""
+
+
+def test_where_the_cuda_part_does_not_build_the_cpus_does(tmp_path: Path) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho release 13.0, V13.0.1\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "cuda" / "include").mkdir()
+    (tmp_path / "cuda" / "include" / "cuda_runtime.h").touch()
+    (tmp_path / "cuda" / "lib64").mkdir()
+    env = os.environ | {"LWAS_FAST_BUILD": "auto", "CUDA_HOME": str(tmp_path / "cuda")}
+    command = [sys.executable, "-c", WITHOUT_CUDA]
+    done = subprocess.run(command, cwd=copy(tmp_path), env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    with_cuda, for_cpu = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert "update_cuda.cu" in with_cuda and "update_cuda.cu" not in for_cpu
+    assert "the build with CUDA failed (no such header); once more, for the CPU alone" in done.stderr
 
 
 def test_version_is_the_same_everywhere(wheel: Path) -> None:

@@ -1,8 +1,9 @@
-"""The compiled extension: found, loaded, and which buckets it serves."""
+"""The compiled extension: found, built at first use where there is none, loaded; and which buckets it serves."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,67 +13,109 @@ import torch
 from lwas_fast.layers import FUSED_DTYPES, Bucket
 from lwas_fast.options import wants_plain
 from lwas_fast.rule import Rule
+from lwas_fast.update import first_use
+from lwas_fast.update.toolchain import INTERFACE, module_name
 
-INTERFACE = 4  # of the operators, in csrc/bindings.cpp as well: to be raised there and here when a schema changes
+
+def _load(library: Path) -> tuple[ModuleType | None, str]:
+    spec = importlib.util.spec_from_file_location(f"lwas_fast.{library.name.partition('.')[0]}", library)
+    assert spec is not None and spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        return None, f"{library} cannot be loaded ({error})"
+    if module.build_info().get("interface") != INTERFACE:
+        return None, f"{library} is of another state of the sources"
+    return module, ""
 
 
 def load_extension(version: str = torch.__version__) -> tuple[ModuleType | None, str]:
-    """Import the compiled update that fits a torch, which registers its operators.
+    """Load what was compiled at installation, if it fits a torch; that registers its operators.
 
-    An extension carries the torch it was built for in its name: there is no stable interface between torch's releases,
-    so one built for another is never loaded. Returns the module, or None and why.
+    Returns the module, or None and why.
     """
-    wanted = "_C_torch" + "_".join(version.split(".")[:2])
-    rebuild = "pip install --no-build-isolation --force-reinstall --no-deps lwas_fast"
     # Looked for here, for the import system may know of another clone's.
-    found = sorted(path.name.split(".")[0] for path in Path(__file__).parents[1].glob("_C_torch*"))
+    found = {path.name.partition(".")[0]: path for path in Path(__file__).parents[1].glob("_C*_torch*")}
+    if (library := found.get(module_name(version))) is not None:
+        return _load(library)
     if not found:
-        return None, (
-            "it was not built here (a clone's sources, while the installed package is elsewhere; or a build without "
-            "--no-build-isolation, without a C++ compiler, or with LWAS_FAST_BUILD=none)"
-        )
-    if wanted not in found:
-        built = ", ".join(name.removeprefix("_C_torch").replace("_", ".") for name in found)
-        return None, f"it was built for torch {built}, and this is torch {version}; build it anew: {rebuild}"
-    try:
-        module = importlib.import_module(f"lwas_fast.{wanted}")
-    except ImportError as error:
-        return None, f"it cannot be loaded ({error}); build it anew: {rebuild}"
-    if module.build_info().get("interface") != INTERFACE:  # an editable installation whose sources went on
-        return None, f"it is of another state of the sources; build it anew: {rebuild}"
-    return module, ""
+        return None, "none was compiled at installation"
+    built = ", ".join(sorted({name.partition("_torch")[2].replace("_", ".") for name in found}))
+    return None, f"what was compiled at installation is for torch {built} or of other sources, and this is {version}"
 
 
 EXTENSION, MISSING = load_extension()
 BUILD: dict[str, Any] = EXTENSION.build_info() if EXTENSION is not None else {}  # asked for at every step
+WITHOUT_CUDA = ""  # why it has no CUDA part, where that is known
+TRIED: dict[str, str | None] = {}  # what became of the first use, by type of device: None, or why there is none
+_TRYING = threading.Lock()
+
+
+def at_first_use(device: str) -> None:
+    """Load what an earlier first use built for a type of device, or build it now. `TRIED` notes what became of it."""
+    global EXTENSION, BUILD, WITHOUT_CUDA
+    with _TRYING:
+        if EXTENSION is not None or device in TRIED:
+            return
+        for _ in range(2):  # where it cannot be built with CUDA, the second time for the CPU alone
+            plan, module = first_use.plan(), None
+            if isinstance(plan, str):
+                reason: str | None = plan
+            elif device == "cuda" and plan.cuda is None:
+                reason = plan.without
+            elif (reason := first_use.build(plan)) is None:
+                module, reason = _load(plan.library)
+            if module is not None and isinstance(plan, first_use.Plan):
+                EXTENSION, BUILD, WITHOUT_CUDA = module, module.build_info(), plan.without
+                break
+        TRIED[device] = reason or None
+        if isinstance(plan, str) and "LWAS_FAST_BUILD" in plan and plan != first_use.REFUSED and not first_use.FAILED:
+            first_use.say(plan, "Plain torch serves")  # somebody insisted on something
+
+
+def missing(device: str) -> str | None:
+    """Why there is no compiled update for a type of device; None where there is. At first use it is built."""
+    buildable = device in ("cpu", "cuda")
+    if EXTENSION is None and buildable and device not in TRIED:
+        if torch.compiler.is_compiling():  # there is nothing to trace; the rest of the time Dynamo is not imported
+            torch.compiler.disable(at_first_use)(device)  # type: ignore[no-untyped-call]
+        else:
+            at_first_use(device)
+    if EXTENSION is None:
+        return f"{MISSING}, and at first use none can be: {TRIED[device]}" if buildable else MISSING
+    if device == "cpu" or (device == "cuda" and BUILD["cuda"]):
+        return None
+    return f"it was not built for {device}" + (f" ({WITHOUT_CUDA})" if device == "cuda" and WITHOUT_CUDA else "")
 
 
 def check_fused(group: dict[str, Any]) -> None:
-    """Refuse ``fused=True``, by a RuntimeError that says why, where no compiled update is there."""
-    if group.get("fused") and EXTENSION is None:
+    """Refuse ``fused=True``, by a RuntimeError that says why, where no compiled update is there nor can be built."""
+    if not group.get("fused") or not group["params"]:
+        return
+    first = group["params"][0]
+    device = (first[1] if isinstance(first, tuple) else first).device.type
+    if (reason := missing(device)) is not None:
         raise RuntimeError(
-            f"fused=True, but this installation of lwas_fast has no compiled update: {MISSING}. Or leave fused out: "
+            f"fused=True, but this installation of lwas_fast has no compiled update: {reason}. Or leave fused out: "
             "the best implementation there is gets picked, and the results are the same."
         )
 
 
 def why_not(rule: Rule, bucket: Bucket) -> str | None:
-    """Why compiled code does not serve a bucket; None where it does."""
+    """Why compiled code does not serve a bucket; None where it does. At first use it is built, if it could serve."""
     if rule.operator is None:
         return f"there is none for {rule.name}"
-    if EXTENSION is None:
-        return MISSING
-    device = bucket.table.device.type
-    if device != "cpu" and not (device == "cuda" and BUILD["cuda"]):
-        return f"it was not built for {device}"
-    half = device == "cpu" and not BUILD["float16_on_cpu"]
     for param in bucket.params:
-        if half and param.dtype == torch.float16:
-            return "the compiler that built it knows no float16"
         if param.dtype not in FUSED_DTYPES or bucket.table.dtype != torch.float32:
             return f"the group has {param.dtype} parameters, and it takes float32, bfloat16 and float16"
         if param.grad is not None and param.grad.dtype != param.dtype:
             return f"the gradient of a {param.dtype} parameter is {param.grad.dtype}"
+    device = bucket.table.device.type
+    if (reason := missing(device)) is not None:
+        return reason
+    if device == "cpu" and not BUILD["float16_on_cpu"] and any(p.dtype == torch.float16 for p in bucket.params):
+        return "the compiler that built it knows no float16"
     return None
 
 

@@ -19,7 +19,7 @@ from cases import BETWEEN, COMPILED, STEP, batches, each_case, small_net, train
 
 from lwas_fast import AdamWLW
 from lwas_fast.table import Column
-from lwas_fast.update import extension
+from lwas_fast.update import extension, toolchain
 
 pytestmark = pytest.mark.skipif(extension.EXTENSION is None, reason=f"no compiled update: {extension.MISSING}")
 WITH_MOMENTUM = {f"{kind}_m": partial(cls, schedule_free=False) for kind, cls in COMPILED.items()}
@@ -361,11 +361,11 @@ def test_plan_counts_past_32_bits():
 def test_extension_of_another_torch_is_named_and_the_plain_update_serves(monkeypatch):
     module, reason = extension.load_extension("9.8.7")
     assert module is None
-    assert re.search(rf"built for torch .*{'.'.join(torch.__version__.split('.')[:2])}.*this is torch 9.8.7", reason)
+    assert re.search(rf"is for torch .*{'.'.join(torch.__version__.split('.')[:2])}.*and this is 9.8.7", reason)
     monkeypatch.setattr(extension, "EXTENSION", None)
     monkeypatch.setattr(extension, "MISSING", reason)
     p = torch.randn(5).requires_grad_()
-    with pytest.raises(RuntimeError, match="fused=True.*no compiled update.*9.8.7.*build it anew"):
+    with pytest.raises(RuntimeError, match="fused=True.*no compiled update.*9.8.7.*LWAS_FAST_BUILD=none"):
         AdamWLW([p], fused=True)
     opt = AdamWLW([p])
     p.grad = torch.ones(5)
@@ -375,10 +375,15 @@ def test_extension_of_another_torch_is_named_and_the_plain_update_serves(monkeyp
 
 
 def test_extension_of_other_sources_is_named(monkeypatch):
+    with monkeypatch.context() as other:
+        other.setattr(toolchain, "INTERFACE", 1)
+        module, reason = extension.load_extension()
+        assert module is None
+        assert "or of other sources" in reason
     monkeypatch.setattr(extension, "INTERFACE", 1)
     module, reason = extension.load_extension()
     assert module is None
-    assert "another state of the sources; build it anew" in reason
+    assert "is of another state of the sources" in reason
 
 
 def test_which_implementation_serves():
