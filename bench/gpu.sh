@@ -18,7 +18,7 @@ PYTHON=${PYTHON:-python3}
 SHORT=(build tests update step sanitizer rates training)
 REST=(step_rest profile scaling quality)
 ALL=("${SHORT[@]}" "${REST[@]}")
-declare -A LIMITS=([build]=150 [tests]=110 [sanitizer]=90 [training]=75 [step]=120 [scaling]=90 [quality]=240)
+declare -A LIMITS=([build]=150 [tests]=100 [sanitizer]=90 [training]=75 [step]=120 [scaling]=90 [quality]=240)
 
 chosen=("$@")
 case "${chosen[*]:-all}" in
@@ -104,7 +104,7 @@ stage_quality() { # data in the folder LWAS_FAST_DATA
   cat "$STAGES"/quality/*.csv
 }
 
-# Only our four kernels are instrumented: with torch's own it takes minutes. Memory errors show only where each tensor is
+# Only our kernels are instrumented: with torch's own it takes minutes. Memory errors show only where each tensor is
 # an allocation of its own.
 stage_sanitizer() {
   local tool sanitizer

@@ -6,7 +6,7 @@ depends on nothing but how many steps of each it has. Told are the ratios of
 
 * an ordinary step (medians),
 * a step that measures (medians),
-* the mean of 500 steps at the default schedule, and at fixed intervals of 1 to 100 steps,
+* the mean of 500 and of 5000 steps at the default schedule, and at fixed intervals of 1 to 100 steps,
 * `opt.step()` alone in an ordinary step, on the weights and statistics that this training has left (medians),
 
 what a measuring step is made of, and the peak memory of an ordinary step beyond what is there before it.
@@ -33,7 +33,7 @@ from lwas_fast.rates import refresh
 from lwas_fast.update import step as steps
 
 CUDA = torch.cuda.is_available()
-PAIRS, EVERY, STEPS = 60, 5, 500
+PAIRS, EVERY, STEPS, LONG = 60, 5, 500, 5000
 INTERVALS = (1, 2, 5, 10, 20, 50, 100)
 RULES = {
     "AdamW": (AdamWLW, lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True)),
@@ -90,11 +90,11 @@ def timed(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def refreshes(rule: str) -> int:
-    """How many of the first STEPS steps measure at the default schedule."""
+def refreshes(rule: str, steps: int) -> int:
+    """How many of the first steps measure at the default schedule."""
     opt = RULES[rule][0]([torch.zeros(1, requires_grad=True)])
     count = 0
-    for _ in range(STEPS):
+    for _ in range(steps):
         count += opt.curvature_due
         opt.zero_grad()
         opt.backward(opt.param_groups[0]["params"][0].square().sum())
@@ -178,7 +178,7 @@ def compare(
     base = statistics.median(other)
     ratio = statistics.median(s for s, due in seconds if not due) / base
     extra = statistics.median(s for s, due in seconds if due) / base - ratio
-    count = refreshes(rule)
+    count, count_long = refreshes(rule, STEPS), refreshes(rule, LONG)
     opt.param_groups[0]["update_every"] = 1
     with spans(monkeypatch) as found:
         steps = []
@@ -203,6 +203,7 @@ def compare(
         ratio_measuring=ratio + extra,
         ratio_update=update[1] / update[0],
         ratio_mean=ratio + extra * count / STEPS,
+        ratio_mean_long=ratio + extra * count_long / LONG,
         refreshes=count,
         by_interval={interval: ratio + extra / interval for interval in INTERVALS},
         parts={"forward and backward": whole - sum(parts.values()), **parts},

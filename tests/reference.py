@@ -21,7 +21,7 @@ down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← 
 Every step, with the gradient as it then stands (clipped, accumulated):
 
     v ← v⁺                      a = cap · max(‖W‖, 0.01√N)/‖d‖    (AdamW, γ > 0: at most cap/γ)
-    s = min(G rate, b), b being a of the step before with ℓ for ‖d‖, but a in the first; s ← a if s > 2a
+    s = min(G rate, b), b being a of the step before with ℓ for ‖d‖, but a in the first; s ← a if s > 1.25a
     ℓ² ← .8 ℓ² + .2 min(‖d‖, 2ℓ)²   (ℓ ← ‖d‖ in the first)
     r = s · lr · min(1, (k − warmup_steps + 1)/ramp_steps)             (warm-up: warmup_rate for G rate, no ramp)
 
@@ -240,7 +240,7 @@ class Reference:
         if length > 0:
             self.length[i] = math.hypot(0.8**0.5 * expected, 0.2**0.5 * min(length, 2 * expected)) or length
         known, self.size[i] = self.size[i] > 0, size
-        return step if known and step <= 2 * bound else min(rate, bound)
+        return step if known and step <= 1.25 * bound else min(rate, bound)
 
 
 class ReferenceSGDLW(Reference):

@@ -42,7 +42,10 @@ def short(path: Path) -> list[str]:
 def steps(path: Path) -> list[str]:
     """A line for each case and model, with memory."""
     infos, where = read(path)
-    columns = {"mean of 500": "ratio_mean", "ordinary step": "ratio", "step that measures": "ratio_measuring"}
+    columns = {"mean of 500": "ratio_mean"}
+    if any("ratio_mean_long" in info for info in infos):
+        columns["mean of 5000"] = "ratio_mean_long"
+    columns |= {"ordinary step": "ratio", "step that measures": "ratio_measuring"}
     if any("ratio_update" in info for info in infos):
         columns["`opt.step()` alone"] = "ratio_update"
     memory = {"memory, ordinary": "peak_bytes", "memory, measuring": "peak_bytes_measuring"}

@@ -14,7 +14,7 @@ from lwas_fast.table import Column
 
 # A step is bounded by the norms expected before it. When it has been taken the true ones are known, and it is corrected
 # if it was longer than so many times the cap.
-SLACK = 2.0
+SLACK = 1.25
 
 
 class Control(NamedTuple):

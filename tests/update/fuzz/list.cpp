@@ -136,7 +136,7 @@ void List::draw_options(Dice& dice) {
   c.cap = dice.one_in(5) ? INFINITY : float(dice.uniform(0.01, dice.one_in(6) ? 3 : 0.3));
   c.largest_rate = adam && decay > 0 ? float(c.cap / decay) : INFINITY;
   c.rms_floor = 0.01f;
-  c.slack = 2;
+  c.slack = 1.25;
   call.sign = dice.one_in(2) ? 1 : -1;
   grad_scale_ = dice.one_in(2) ? 1 : 1024;
   call.grad_scale = dice.one_in(2) ? &grad_scale_ : nullptr;
