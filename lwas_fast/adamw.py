@@ -15,11 +15,18 @@ from lwas_fast.options import Common
 from lwas_fast.rule import Here, Moving, Rule, bias_correction, each
 
 
-def _denominators(second: list[Tensor] | tuple[Tensor, ...], steps: Tensor, group: dict[str, Any]) -> list[Tensor]:
-    """The root of the bias-corrected second moments, plus eps, of tensors that have had so many steps (N,)."""
-    found = list(torch._foreach_div(second, each(bias_correction(steps, group["betas"][1]), second)))
+def _denominators(
+    second: list[Tensor] | tuple[Tensor, ...], steps: Tensor, group: dict[str, Any], first: bool = False
+) -> list[Tensor]:
+    """The root of the bias-corrected second moments, plus eps, of tensors that have had so many steps (N,).
+
+    With `first` all of that times the bias correction of the first moments.
+    """
+    beta1, beta2 = group["betas"]
+    scales = bias_correction(steps, beta1) if first else torch.ones_like(steps)
+    found = list(torch._foreach_mul(second, each(scales.square() / bias_correction(steps, beta2), second)))
     torch._foreach_sqrt_(found)
-    torch._foreach_add_(found, group["eps"])
+    torch._foreach_add_(found, each(group["eps"] * scales, second))
     return found
 
 
@@ -55,14 +62,14 @@ class AdamWRule(Rule):
         second = [state["exp_avg_sq"] for state in states]
         squares = torch._foreach_mul(moving.gradients, moving.gradients)
         torch._foreach_lerp_(second, moving.taking_part(squares, second), 1 - beta2)
-        denominators = _denominators(second, moving.steps, group)
+        del squares
+        denominators = _denominators(second, moving.steps, group, first=not group["schedule_free"])
+        moving.factors = -1.0
         if group["schedule_free"]:
-            return list(torch._foreach_div(moving.gradients, torch._foreach_neg(denominators)))
+            return list(torch._foreach_div(moving.gradients, denominators))
         first = [state["exp_avg"] for state in states]
         torch._foreach_lerp_(first, moving.taking_part(moving.gradients, first), 1 - beta1)
-        directions = list(torch._foreach_div(first, each(-bias_correction(moving.steps, beta1), moving.weights)))
-        torch._foreach_div_(directions, denominators)
-        return directions
+        return list(torch._foreach_div(first, denominators))
 
     @override
     def numbers(self, group: dict[str, Any]) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import is_
 from typing import Any, TypeAlias
 
 import torch
@@ -20,18 +21,18 @@ Grouping: TypeAlias = "Callable[[str], str] | Mapping[str, str] | nn.Module | No
 RMS_FLOOR = 1e-2
 
 
-FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters that compiled code and Triton take
+HALF = (torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.float32, *HALF)  # of parameters that compiled code and Triton take
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
     """The dtype of a parameter's state and arithmetic: float32 for half precision, else its own."""
-    return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
+    return torch.float32 if param.dtype in HALF else param.dtype
 
 
 def squared_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The squared Euclidean norms (N,) of some tensors."""
-    norms: Sequence[Tensor] = torch._foreach_norm(tensors)
-    return torch.stack([norm.to(dtype) for norm in norms]).square()
+    return torch.stack(torch._foreach_norm(tensors)).to(dtype).square()
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -121,6 +122,8 @@ class Selection:
         rows: Which rows of the bucket's table the S layers are: a slice or a LongTensor.
         layer: For each tensor, its layer's position among the S; does not decrease.
         index: LongTensor (S, most tensors a layer has), padded with len(params).
+        owner: LongTensor (N,), `layer` on the device.
+        places: Which of the bucket's `steps` are the tensors': a slice or a LongTensor.
         elements: (S,) int64, elements of each layer.
         where: LongTensor (N, 2) on the CPU: each tensor's row in the bucket's table, and its position in the bucket.
         dtype: The table's.
@@ -131,6 +134,8 @@ class Selection:
     rows: Any
     layer: list[int]
     index: Tensor
+    owner: Tensor
+    places: Any
     elements: Tensor
     where: Tensor
     dtype: torch.dtype
@@ -142,6 +147,8 @@ class Selection:
 
     def per_layer(self, values: Tensor) -> Tensor:
         """Sum numbers of tensors (N, ...) to numbers of layers (S, ...), always in the same order."""
+        if len(self.index) == len(self.params):  # each is a layer
+            return values
         return torch.cat([values, torch.zeros_like(values[:1])])[self.index].sum(1)
 
     def per_tensor(self, values: Tensor) -> list[Tensor]:
@@ -196,8 +203,10 @@ class Bucket:
         contiguous = rows == list(range(rows[0], rows[-1] + 1))
         which = slice(rows[0], rows[-1] + 1) if contiguous else upload(rows, torch.int64, device)
         where = torch.tensor([[self.row[i], i] for i in indices], device="cpu")
+        owner = upload(layer, torch.int64, device)
+        places = slice(None) if len(indices) == len(self.params) else upload(indices, torch.int64, device)
         params = [self.params[i] for i in indices]
-        return Selection(indices, params, which, layer, index, elements, where, self.table.dtype)
+        return Selection(indices, params, which, layer, index, owner, places, elements, where, self.table.dtype)
 
 
 class Layout:
@@ -216,6 +225,9 @@ class Layout:
         buffers_of: Callable[[dict[str, Any]], tuple[str, ...]],
     ):
         self.groups, self.state, self._buffers_of = groups, state, buffers_of
+        # What took part in the last step, and all entries of `state` then: to look each up costs more than a step.
+        self._states: dict[Selection, list[dict[str, Any]]] = {}
+        self._entries: tuple[list[Tensor], list[dict[str, Any]]] = ([], [])
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -251,6 +263,29 @@ class Layout:
         }
         # Views of the bucket's: a layer's numbers travel with its parameters.
         return {"step": count, **zeros, "layer": bucket.table[bucket.row[i]]}
+
+    def states_of(self, bucket: Bucket, selection: Selection) -> list[dict[str, Any]]:
+        """The states of a selection's parameters: see `state_of`."""
+        if (states := self._states.get(selection)) is not None and self._nothing_replaced():
+            counts = (
+                bucket.counts if len(states) == len(bucket.counts) else [bucket.counts[i] for i in selection.indices]
+            )
+            if all(map(is_, [state.get("step") for state in states], counts)):
+                return states
+        return [self.state_of(bucket, i) for i in selection.indices]
+
+    def enter(self, states: dict[Selection, list[dict[str, Any]]]) -> None:
+        """Put states that are about to take a step into `state`, where they are not there yet."""
+        if all(self._states.get(selection) is found for selection, found in states.items()):
+            return
+        for selection, found in states.items():
+            self.state.update(zip(selection.params, found, strict=True))
+        self._states, self._entries = states, (list(self.state), list(self.state.values()))
+
+    def _nothing_replaced(self) -> bool:
+        params, entries = self._entries
+        same = len(params) == len(self.state) and all(map(is_, self.state, params))
+        return same and all(map(is_, self.state.values(), entries))
 
     def _buckets_of(self, number: int) -> Iterator[Bucket]:
         group = self.groups[number]

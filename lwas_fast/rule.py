@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import Bucket, Selection
+from lwas_fast.layers import Bucket, Selection, squared_norms
 
 
 class Scaling(NamedTuple):
@@ -28,12 +28,13 @@ class Scaling(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What of a bucket takes a step: the tensors that have a gradient, their hyperparameters and their states."""
+    """What of a bucket takes a step: the tensors that have a gradient, their hyperparameters, states and gradients."""
 
     bucket: Bucket
     selection: Selection
     group: dict[str, Any]
     states: list[dict[str, Any]]
+    gradients: list[Tensor]
 
 
 class Here(NamedTuple):
@@ -58,35 +59,73 @@ class Moving:
     """What `Rule.advance` works on: gradients, weights, and which elements take part. Making it counts the step.
 
     Attributes:
-        gradients: Ascent gradients of the loss to be minimised. Owned: may be overwritten.
+        gradients: Ascent gradients of the loss to be minimised. Not to be changed: they may be the user's.
         weights: The parameters in their state's dtype. Not to be changed by `Rule.advance`.
-        steps: How many steps each has taken with this one (N,).
+        steps: How many steps each has taken with this one (N,); or (1,), where all have taken as many.
         moves: (S,) bool, whether anything of a layer moves.
         skips: (S,) bool, whether elements of it are left alone.
+        squares: The squared norms (N,) of the gradients if all elements take part and that is known, else None.
+        factors: What the directions that `Rule.advance` returns are to be multiplied by, a number or one a tensor like
+            `steps`. A rule may set it, which spares it a pass over them.
     """
 
     def __init__(self, part: Part, gradients: list[Tensor], weights: list[Tensor], scaling: Scaling):
-        self.gradients = gradients
-        self.weights = weights
-        # The square: a second moment must not become infinite either.
-        self._finite = [gradient.square().isfinite() for gradient in gradients]
-        if scaling.found_inf is not None:
-            self._finite = [finite & (scaling.found_inf.to(finite.device) == 0) for finite in self._finite]
-        alive = part.selection.per_layer(torch.stack([finite.sum() for finite in self._finite]))
-        self.skips = alive < part.selection.elements
-        self.moves = (alive > 0) | ~self.skips
-        counts, moves = [state["step"] for state in part.states], self.moves.to(torch.float32)
-        torch._foreach_add_(counts, [moves[layer] for layer in part.selection.layer])
-        self.steps = torch.stack(counts).to(part.selection.dtype)
+        selection, steps = part.selection, part.bucket.steps
+        self.gradients, self.weights = gradients, weights
+        self.factors: Tensor | float = 1.0
+        self.squares = _squares_if_all_finite(gradients, selection.dtype, scaling.found_inf)
+        if self.squares is not None:
+            self.moves = torch.ones_like(selection.elements, dtype=torch.bool)
+            self.skips = ~self.moves
+        else:
+            # The square: a second moment must not become infinite either.
+            self._finite = [gradient.square().isfinite() for gradient in gradients]
+            if scaling.found_inf is not None:
+                self._finite = [finite & (scaling.found_inf.to(finite.device) == 0) for finite in self._finite]
+            alive = selection.per_layer(torch.stack([finite.sum() for finite in self._finite]))
+            self.skips = alive < selection.elements
+            self.moves = (alive > 0) | ~self.skips
+        steps[selection.places] += self.moves[selection.owner]
+        self.steps = steps[selection.places].to(selection.dtype)
+        if steps.is_cpu and bool((self.steps == self.steps[0]).all()):
+            self.steps = self.steps[:1]
 
-    def taking_part(self, values: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    def taking_part(self, values: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[Tensor]:
         """Of each tensor `values` where the gradient is finite, `others` elsewhere."""
+        if self.squares is not None:
+            return values
         return [torch.where(f, v, o) for f, v, o in zip(self._finite, values, others, strict=True)]
+
+    def to_change(self, tensors: list[Tensor]) -> list[Tensor]:
+        """These tensors if all their elements take part, else copies: to be changed in place, then `settle`d."""
+        return tensors if self.squares is not None else list(torch._foreach_add(tensors, 0))
+
+    def settle(self, tensors: list[Tensor], changed: list[Tensor], before: list[Tensor]) -> None:
+        """Write what was changed into `tensors`, where it takes part; elsewhere they keep what was `before`."""
+        if changed is not tensors:
+            torch._foreach_copy_(tensors, self.taking_part(changed, before))
+
+
+def _squares_if_all_finite(gradients: list[Tensor], dtype: torch.dtype, found_inf: Tensor | None) -> Tensor | None:
+    """The gradients' squared norms if these say that all squared elements are finite; None if not, or off the CPU.
+
+    Nothing is read from another device, for that would wait for it.
+    """
+    if not gradients[0].is_cpu or (found_inf is not None and not (found_inf.is_cpu and found_inf == 0)):
+        return None
+    squares = squared_norms(gradients, dtype)
+    limit = min(torch.finfo(kind).max for kind in {gradient.dtype for gradient in gradients})
+    return squares if squares.max().item() < limit / 4 else None  # NaN is not; 4: norms are rounded
 
 
 def each(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Split the numbers of N tensors (N,) into N tensors without dimension, in the others' dtypes."""
-    return [v.to(t.dtype) for v, t in zip(values.unbind(), tensors, strict=True)]
+    """Split the numbers of N tensors (N,), or one for all (1,), into N without dimension, in the others' dtypes."""
+    of_dtype = {dtype: values.to(dtype).unbind() for dtype in {t.dtype for t in tensors}}
+    if len(of_dtype) > 1:
+        numbers = [of_dtype[t.dtype] for t in tensors]
+        return [of[i if len(of) > 1 else 0] for i, of in enumerate(numbers)]
+    (found,) = of_dtype.values()
+    return list(found) * (len(tensors) // len(found))
 
 
 def bias_correction(steps: Tensor, beta: float) -> Tensor:
@@ -141,10 +180,10 @@ class Rule(ABC):
 
     @abstractmethod
     def advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
-        """Update the states in place, in plain torch, and return the directions to step along (fresh tensors).
+        """Update the states in place, in plain torch, and return the directions to step along.
 
         States change through ``moving.taking_part(new, old)`` only, for an element whose gradient is not finite stays
-        as it is. Directions need no masking.
+        as it is. Directions need no masking, and are only read: they may be states. ``moving.factors`` may hold a factor.
         """
 
     def numbers(self, group: dict[str, Any]) -> tuple[float, ...]:

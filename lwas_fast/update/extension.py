@@ -66,13 +66,20 @@ def why_not(rule: Rule, bucket: Bucket) -> str | None:
     if device != "cpu" and not (device == "cuda" and BUILD["cuda"]):
         return f"it was not built for {device}"
     half = device == "cpu" and not BUILD["float16_on_cpu"]
-    for param in bucket.params:
-        if half and param.dtype == torch.float16:
+    dtypes = [param.dtype for param in bucket.params]
+    for dtype in dict.fromkeys(dtypes):
+        if half and dtype == torch.float16:
             return "the compiler that built it knows no float16"
-        if param.dtype not in FUSED_DTYPES or bucket.table.dtype != torch.float32:
-            return f"the group has {param.dtype} parameters, and it takes float32, bfloat16 and float16"
-        if param.grad is not None and param.grad.dtype != param.dtype:
-            return f"the gradient of a {param.dtype} parameter is {param.grad.dtype}"
+        if dtype not in FUSED_DTYPES or bucket.table.dtype != torch.float32:
+            return f"the group has {dtype} parameters, and it takes float32, bfloat16 and float16"
+    of_gradients = [
+        dtype if (g := param.grad) is None else g.dtype for param, dtype in zip(bucket.params, dtypes, strict=True)
+    ]
+    if (
+        of_gradients != dtypes
+    ):  # at every step: one by one in Python that would cost more than the update of small tensors
+        dtype, other = next((a, b) for a, b in zip(dtypes, of_gradients, strict=True) if a != b)
+        return f"the gradient of a {dtype} parameter is {other}"
     return None
 
 
