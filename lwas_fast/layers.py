@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from operator import is_
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,10 @@ Grouping: TypeAlias = "Callable[[str], str] | Mapping[str, str] | nn.Module | No
 # could never move. Its root mean square counts as this much at least (in the manner of Adafactor's epsilon_2).
 RMS_FLOOR = 1e-2
 
+# A norm takes torch over a microsecond, however short the tensor. Up to FEW elements each on average it is cheaper to
+# string tensors together, so many that they stay in the cache.
+FEW, BLOCK = 2**12, 2**16
+
 
 HALF = (torch.bfloat16, torch.float16)
 FUSED_DTYPES = (torch.float32, *HALF)  # of parameters that compiled code and Triton take
@@ -30,9 +36,9 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype in HALF else param.dtype
 
 
-def squared_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+def squared_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The squared Euclidean norms (N,) of some tensors."""
-    return torch.stack(torch._foreach_norm(tensors)).to(dtype).square()
+    return torch.stack(torch._foreach_norm(list(tensors))).to(dtype).square()
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -140,10 +146,32 @@ class Selection:
     where: Tensor
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def floor(self) -> Tensor:
         """(S,), the least norm a layer's weights count with (see RMS_FLOOR)."""
         return RMS_FLOOR * self.elements.to(self.dtype).sqrt()
+
+    @cached_property
+    def _blocks(self) -> list[tuple[slice, Any, Any]]:
+        """Tensors of about `BLOCK` elements; which are not empty, where these start. None if long or not on a CPU."""
+        sizes = np.array([param.numel() for param in self.params])
+        if not self.params[0].is_cpu or not 0 < sizes.sum() <= FEW * (sizes > 0).sum():
+            return []
+        ends = sizes.cumsum()
+        cuts = [0, *(np.flatnonzero(np.diff(ends // BLOCK)) + 1).tolist(), len(sizes)]
+        full = [i + np.flatnonzero(sizes[i:j]) for i, j in pairwise(cuts)]  # an empty tensor has no start
+        starts = ends - sizes
+        return [(slice(i, j), at, starts[at] - starts[i]) for (i, j), at in zip(pairwise(cuts), full, strict=True)]
+
+    def squared_norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The squared norms (N,) of tensors shaped like the parameters, in the table's dtype."""
+        if not self._blocks:
+            return squared_norms(tensors, self.dtype)
+        found = np.zeros(len(tensors))
+        for members, full, starts in self._blocks:
+            flat: Tensor = torch._utils._flatten_dense_tensors(tensors[members])  # type: ignore[no-untyped-call]
+            found[full] = np.add.reduceat(flat.square().numpy(), starts)
+        return torch.from_numpy(found).to(self.dtype)
 
     def per_layer(self, values: Tensor) -> Tensor:
         """Sum numbers of tensors (N, ...) to numbers of layers (S, ...), always in the same order."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import Bucket, Selection, squared_norms
+from lwas_fast.layers import Bucket, Selection
 
 
 class Scaling(NamedTuple):
@@ -61,22 +61,23 @@ class Moving:
     Attributes:
         gradients: Ascent gradients of the loss to be minimised. Not to be changed: they may be the user's.
         weights: The parameters in their state's dtype. Not to be changed by `Rule.advance`.
-        steps: How many steps each has taken with this one (N,); or (1,), where all have taken as many.
-        moves: (S,) bool, whether anything of a layer moves.
-        skips: (S,) bool, whether elements of it are left alone.
+        steps: How many steps each has taken with this one (N,); a number where it is known that all have taken as many.
+        moves: (S,) bool, whether anything of a layer moves; True where it is known that everything does.
+        skips: (S,) bool, whether elements of it are left alone; False likewise.
         squares: The squared norms (N,) of the gradients if all elements take part and that is known, else None.
         factors: What the directions that `Rule.advance` returns are to be multiplied by, a number or one a tensor like
             `steps`. A rule may set it, which spares it a pass over them.
     """
 
     def __init__(self, part: Part, gradients: list[Tensor], weights: list[Tensor], scaling: Scaling):
-        selection, steps = part.selection, part.bucket.steps
+        selection, counts = part.selection, part.bucket.steps
         self.gradients, self.weights = gradients, weights
         self.factors: Tensor | float = 1.0
-        self.squares = _squares_if_all_finite(gradients, selection.dtype, scaling.found_inf)
+        self.moves: Tensor | bool = True
+        self.skips: Tensor | bool = False
+        self.squares = _squares_if_all_finite(selection, gradients, scaling.found_inf)
         if self.squares is not None:
-            self.moves = torch.ones_like(selection.elements, dtype=torch.bool)
-            self.skips = ~self.moves
+            counts[selection.places] += 1
         else:
             # The square: a second moment must not become infinite either.
             self._finite = [gradient.square().isfinite() for gradient in gradients]
@@ -85,20 +86,22 @@ class Moving:
             alive = selection.per_layer(torch.stack([finite.sum() for finite in self._finite]))
             self.skips = alive < selection.elements
             self.moves = (alive > 0) | ~self.skips
-        steps[selection.places] += self.moves[selection.owner]
-        self.steps = steps[selection.places].to(selection.dtype)
-        if steps.is_cpu and bool((self.steps == self.steps[0]).all()):
-            self.steps = self.steps[:1]
+            counts[selection.places] += self.moves[selection.owner]
+        counts = counts[selection.places]
+        self.steps: Tensor | float = counts.to(selection.dtype)
+        if counts.is_cpu:
+            least, most = (number.item() for number in counts.aminmax())
+            self.steps = least if least == most else self.steps
 
-    def taking_part(self, values: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[Tensor]:
+    def taking_part(self, values: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
         """Of each tensor `values` where the gradient is finite, `others` elsewhere."""
         if self.squares is not None:
-            return values
+            return list(values)
         return [torch.where(f, v, o) for f, v, o in zip(self._finite, values, others, strict=True)]
 
     def to_change(self, tensors: list[Tensor]) -> list[Tensor]:
         """These tensors if all their elements take part, else copies: to be changed in place, then `settle`d."""
-        return tensors if self.squares is not None else list(torch._foreach_add(tensors, 0))
+        return tensors if self.squares is not None else list(torch._foreach_mul(tensors, 1))
 
     def settle(self, tensors: list[Tensor], changed: list[Tensor], before: list[Tensor]) -> None:
         """Write what was changed into `tensors`, where it takes part; elsewhere they keep what was `before`."""
@@ -106,32 +109,43 @@ class Moving:
             torch._foreach_copy_(tensors, self.taking_part(changed, before))
 
 
-def _squares_if_all_finite(gradients: list[Tensor], dtype: torch.dtype, found_inf: Tensor | None) -> Tensor | None:
+def _squares_if_all_finite(selection: Selection, gradients: list[Tensor], found_inf: Tensor | None) -> Tensor | None:
     """The gradients' squared norms if these say that all squared elements are finite; None if not, or off the CPU.
 
     Nothing is read from another device, for that would wait for it.
     """
     if not gradients[0].is_cpu or (found_inf is not None and not (found_inf.is_cpu and found_inf == 0)):
         return None
-    squares = squared_norms(gradients, dtype)
-    limit = min(torch.finfo(kind).max for kind in {gradient.dtype for gradient in gradients})
-    return squares if squares.max().item() < limit / 4 else None  # NaN is not; 4: norms are rounded
+    squares = selection.squared_norms(gradients)
+    limit = min(torch.finfo(dtype).max for dtype in {gradient.dtype for gradient in gradients})
+    return squares if squares.max().item() < limit / 4 else None  # NaN is not less; 4: norms are rounded
 
 
-def each(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Split the numbers of N tensors (N,), or one for all (1,), into N without dimension, in the others' dtypes."""
-    of_dtype = {dtype: values.to(dtype).unbind() for dtype in {t.dtype for t in tensors}}
-    if len(of_dtype) > 1:
-        numbers = [of_dtype[t.dtype] for t in tensors]
-        return [of[i if len(of) > 1 else 0] for i, of in enumerate(numbers)]
-    (found,) = of_dtype.values()
-    return list(found) * (len(tensors) // len(found))
+def each(values: Tensor | float, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Split the numbers of N tensors (N,), or repeat one, into N tensors without dimension, in the others' dtypes.
+
+    `torch._foreach_` takes these faster than a list of Python's numbers.
+    """
+    dtypes = {t.dtype for t in tensors}
+    if isinstance(values, Tensor):
+        numbers = {dtype: values.to(dtype).unbind() for dtype in dtypes}
+    else:
+        numbers = {dtype: (torch.tensor(values, dtype=dtype, device="cpu"),) * len(tensors) for dtype in dtypes}
+    if len(numbers) == 1:
+        return list(numbers[dtypes.pop()])
+    return [numbers[t.dtype][i] for i, t in enumerate(tensors)]
 
 
-def bias_correction(steps: Tensor, beta: float) -> Tensor:
+@overload
+def bias_correction(steps: float, beta: float) -> float: ...
+@overload
+def bias_correction(steps: Tensor, beta: float) -> Tensor: ...
+def bias_correction(steps: Tensor | float, beta: float) -> Tensor | float:
     """1 - beta**steps without the cancellation that costs float32 four digits at beta = 0.999; 1 at 0 steps."""
     decay = math.log(beta) if beta > 0 else -math.inf
-    return torch.where(steps > 0, -torch.expm1(steps * decay), 1.0)
+    if isinstance(steps, Tensor):
+        return torch.where(steps > 0, -torch.expm1(steps * decay), 1.0)
+    return -math.expm1(steps * decay) if steps > 0 else 1.0
 
 
 class Rule(ABC):
@@ -182,8 +196,10 @@ class Rule(ABC):
     def advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
         """Update the states in place, in plain torch, and return the directions to step along.
 
-        States change through ``moving.taking_part(new, old)`` only, for an element whose gradient is not finite stays
-        as it is. Directions need no masking, and are only read: they may be states. ``moving.factors`` may hold a factor.
+        An element whose gradient is not finite stays as it is: states change through ``moving.taking_part(new, old)``
+        only, or between ``moving.to_change`` and ``moving.settle``. Directions need no masking. They may be the
+        gradients or states, which are only read, but of a `decoupled` rule they are fresh. ``moving.factors`` may hold
+        what they are to be multiplied by.
         """
 
     def numbers(self, group: dict[str, Any]) -> tuple[float, ...]:

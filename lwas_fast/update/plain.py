@@ -3,8 +3,6 @@
 The formula of the direction is the optimizers' own (`sgd.py`, `adamw.py`); what is common to them stands here. It
 never reads a number back from another device than the CPU: there an element whose gradient is not finite is left alone
 by arithmetic. The compiled update (`compiled.py`, csrc/) does the same in one pass.
-
-Each tensor's own factor is a tensor without dimension: `torch._foreach_` is slower with lists of Python's numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import HALF, squared_norms, state_dtype
+from lwas_fast.layers import HALF, state_dtype
 from lwas_fast.rule import Moving, Part, Rule, Scaling, each
 from lwas_fast.table import Column
 from lwas_fast.update.control import control, stepped
@@ -21,13 +19,11 @@ from lwas_fast.update.control import control, stepped
 def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     """Take one step with some of a bucket's tensors; states and statistics are brought up to date."""
     bucket, selection, group, states, gradients = part
-    dtype = bucket.table.dtype
     weights = selection.params
+    # Asked first, for `to` costs a microsecond also where it does nothing.
     if {p.dtype for p in weights} & set(HALF):
-        weights = [p.to(state_dtype(p)) for p in weights]  # p itself unless half precision
-    if [g.dtype for g in gradients] != [
-        w.dtype for w in weights
-    ]:  # `to` costs a microsecond, also where it does nothing
+        weights = [p.to(state_dtype(p)) for p in weights]
+    if [g.dtype for g in gradients] != [w.dtype for w in weights]:
         gradients = [g.to(w.dtype) for g, w in zip(gradients, weights, strict=True)]
     if scaling.grad_scale is not None:
         gradients = list(torch._foreach_div(gradients, scaling.grad_scale.to(bucket.table.device).reshape(())))
@@ -37,13 +33,13 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
 
     directions = rule.advance(group, states, moving)
 
-    if moving.squares is not None and directions is gradients:
-        squares = moving.squares
-    else:
-        directions = list(moving.taking_part(directions, [d.new_zeros(()) for d in directions]))
-        squares = squared_norms(directions, dtype)
+    squares = moving.squares
+    if squares is None:
+        directions = moving.taking_part(directions, [d.new_zeros(()) for d in directions])
+    if squares is None or directions is not gradients:
+        squares = selection.squared_norms(directions)
     lengths = selection.per_layer(squares * moving.factors**2).sqrt()
-    sizes = selection.per_layer(squared_norms(weights, dtype)).sqrt().maximum(selection.floor)
+    sizes = selection.per_layer(selection.squared_norms(weights)).sqrt().maximum(selection.floor)
     old = bucket.table[selection.rows]
     table = stepped(old, sizes, lengths, moving.moves, moving.skips, group["lr"], control(rule, group))
     if scaling.found_inf is not None:
@@ -52,20 +48,18 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
         bucket.table[selection.rows] = table
     applied = table[:, Column.APPLIED][selection.owner]
     decay = group["weight_decay"] if rule.decoupled else 0.0
-    rates, decays = each(applied * moving.factors, weights), each(-decay * applied, weights) if decay != 0 else None
+    if decay != 0:
+        torch._foreach_addcmul_(directions, weights, each(-decay / moving.factors, weights))
+    rates = each(applied * moving.factors, weights)
     if group["schedule_free"]:
-        _move_averaged(part, moving, directions, rates, decays, rule.share(group))
+        _move_averaged(part, moving, directions, rates, rule.share(group))
         return
     moved = moving.to_change(weights)
-    if decays is not None:
-        torch._foreach_addcmul_(moved, weights, decays)
     torch._foreach_addcmul_(moved, directions, rates)
     moving.settle(selection.params, moved, weights)
 
 
-def _move_averaged(
-    part: Part, moving: Moving, directions: list[Tensor], rates: list[Tensor], decays: list[Tensor] | None, beta: float
-) -> None:
+def _move_averaged(part: Part, moving: Moving, directions: list[Tensor], rates: list[Tensor], beta: float) -> None:
     """Move the iterates, take them into their averages, and the weights to between both to train on.
 
     A tensor's state holds its iterate minus its average; its weights are the average plus 1 - beta of that.
@@ -74,12 +68,9 @@ def _move_averaged(
     shares = 1 / moving.steps  # of the new iterate in the new average
     offsets = [state["offset"] for state in part.states]
     ahead, moved = moving.to_change(offsets), moving.to_change(weights)
-    # First the iterate minus the average before it; it takes the weights along, and the move once more. In increments of
-    # the weights, so that where nothing moves they stay to the last bit.
+    # First the iterate minus the average before it; then it takes the weights along, which make 1 - beta of the move
+    # besides. In increments, so that where nothing moves the weights stay to the last bit.
     torch._foreach_addcmul_(ahead, directions, rates)
-    if decays is not None:
-        torch._foreach_addcmul_(ahead, weights, decays)
-        torch._foreach_addcmul_(moved, weights, decays, value=1 - beta)
     torch._foreach_addcmul_(moved, directions, rates, value=1 - beta)
     torch._foreach_addcmul_(moved, ahead, each(beta * shares, weights))
     moving.settle(params, moved, weights)
