@@ -152,24 +152,29 @@ class Selection:
         return RMS_FLOOR * self.elements.to(self.dtype).sqrt()
 
     @cached_property
-    def _blocks(self) -> list[tuple[slice, Any, Any]]:
-        """Tensors of about `BLOCK` elements; which are not empty, where these start. None if long or not on a CPU."""
+    def blocks(self) -> list[slice]:
+        """The tensors in parts of about `BLOCK` elements, which stay in a CPU's cache; elsewhere one part."""
+        ends = np.cumsum([param.numel() for param in self.params])
+        cuts = (np.flatnonzero(np.diff(ends // BLOCK)) + 1).tolist() if self.params[0].is_cpu else []
+        return [slice(i, j) for i, j in pairwise([0, *cuts, len(ends)])]
+
+    @cached_property
+    def _starts(self) -> list[tuple[Any, Any]]:
+        """Of each block, which tensors are not empty, and where these start; none if long or not on a CPU."""
         sizes = np.array([param.numel() for param in self.params])
         if not self.params[0].is_cpu or not 0 < sizes.sum() <= FEW * (sizes > 0).sum():
             return []
-        ends = sizes.cumsum()
-        cuts = [0, *(np.flatnonzero(np.diff(ends // BLOCK)) + 1).tolist(), len(sizes)]
-        full = [i + np.flatnonzero(sizes[i:j]) for i, j in pairwise(cuts)]  # an empty tensor has no start
-        starts = ends - sizes
-        return [(slice(i, j), at, starts[at] - starts[i]) for (i, j), at in zip(pairwise(cuts), full, strict=True)]
+        full = [at.start + np.flatnonzero(sizes[at]) for at in self.blocks]
+        starts = sizes.cumsum() - sizes
+        return [(which, starts[which] - starts[at.start]) for at, which in zip(self.blocks, full, strict=True)]
 
     def squared_norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The squared norms (N,) of tensors shaped like the parameters, in the table's dtype."""
-        if not self._blocks:
+        if not self._starts:
             return squared_norms(tensors, self.dtype)
         found = np.zeros(len(tensors))
-        for members, full, starts in self._blocks:
-            flat: Tensor = torch._utils._flatten_dense_tensors(tensors[members])  # type: ignore[no-untyped-call]
+        for at, (full, starts) in zip(self.blocks, self._starts, strict=True):
+            flat: Tensor = torch._utils._flatten_dense_tensors(tensors[at])  # type: ignore[no-untyped-call]
             found[full] = np.add.reduceat(flat.square().numpy(), starts)
         return torch.from_numpy(found).to(self.dtype)
 
@@ -178,6 +183,10 @@ class Selection:
         if len(self.index) == len(self.params):  # each is a layer
             return values
         return torch.cat([values, torch.zeros_like(values[:1])])[self.index].sum(1)
+
+    def of_tensors(self, values: Tensor) -> Tensor:
+        """The numbers (N,) of the tensors' layers: (S,) -> (N,)."""
+        return values if len(values) == len(self.params) else values[self.owner]
 
     def per_tensor(self, values: Tensor) -> list[Tensor]:
         """Hand each tensor its layer's number, in the dtype of its state: (S,) -> N tensors without dimension."""

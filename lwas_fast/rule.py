@@ -86,7 +86,7 @@ class Moving:
             alive = selection.per_layer(torch.stack([finite.sum() for finite in self._finite]))
             self.skips = alive < selection.elements
             self.moves = (alive > 0) | ~self.skips
-            counts[selection.places] += self.moves[selection.owner]
+            counts[selection.places] += selection.of_tensors(self.moves)
         counts = counts[selection.places]
         self.steps: Tensor | float = counts.to(selection.dtype)
         if counts.is_cpu:

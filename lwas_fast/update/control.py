@@ -63,6 +63,7 @@ def control(rule: Rule, group: dict[str, Any]) -> Control:
 def stepped(
     table: Tensor,
     sizes: Tensor,
+    floor: Tensor,
     lengths: Tensor,
     moves: Tensor | bool,
     skips: Tensor | bool,
@@ -73,8 +74,9 @@ def stepped(
 
     Args:
         table: (L, len(Column)) statistics.
-        sizes: (L,) norm of the layer's weights, not below its floor.
-        lengths: (L,) norm of the direction that is applied.
+        sizes: (L,) squared norm of the layer's weights.
+        floor: (L,) least norm that these count with.
+        lengths: (L,) squared norm of the direction that is applied.
         moves: (L,) bool, whether anything of the layer moves; on a CPU also one for all.
         skips: Likewise, whether elements of it are left alone.
         lr: The group's multiplier.
@@ -85,19 +87,29 @@ def stepped(
     """
     new = table.clone()
     if not table.is_cpu:
-        _stepped(torch, lr, control, new, sizes, lengths, moves, skips)
+        _stepped(torch, lr, control, new, sizes, floor, lengths, moves, skips)
         return new
     # numpy takes a third of torch's time for so few numbers, which is what a step of a small model would consist of.
-    numbers: list[Any] = [x.numpy() if isinstance(x, Tensor) else x for x in (new, sizes, lengths, moves, skips)]
+    numbers: list[Any] = [x.numpy() for x in (new, sizes, floor, lengths)]
+    numbers += [x.numpy() if isinstance(x, Tensor) else x for x in (moves, skips)]
     with np.errstate(all="ignore"):
         _stepped(np, float(lr), control, *numbers)
     return new
 
 
 def _stepped(
-    xp: Any, lr: float | Tensor, control: Control, new: Any, sizes: Any, lengths: Any, moves: Any, skips: Any
+    xp: Any,
+    lr: float | Tensor,
+    control: Control,
+    new: Any,
+    squared_sizes: Any,
+    floor: Any,
+    squared_lengths: Any,
+    moves: Any,
+    skips: Any,
 ) -> None:
     """Bring a table up to date in place, in torch or in numpy."""
+    lengths, sizes = xp.sqrt(squared_lengths), xp.maximum(xp.sqrt(squared_sizes), floor)
     weight, expected, size = new[:, Column.WEIGHT], new[:, Column.LENGTH], new[:, Column.SIZE]
     if control.warming:
         rate = xp.full_like(weight, control.warmup_rate)

@@ -38,15 +38,16 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
         directions = moving.taking_part(directions, [d.new_zeros(()) for d in directions])
     if squares is None or directions is not gradients:
         squares = selection.squared_norms(directions)
-    lengths = selection.per_layer(squares * moving.factors**2).sqrt()
-    sizes = selection.per_layer(selection.squared_norms(weights)).sqrt().maximum(selection.floor)
-    old = bucket.table[selection.rows]
-    table = stepped(old, sizes, lengths, moving.moves, moving.skips, group["lr"], control(rule, group))
+    if isinstance(moving.factors, Tensor) or abs(moving.factors) != 1:
+        squares = squares * moving.factors**2
+    lengths, sizes = selection.per_layer(squares), selection.per_layer(selection.squared_norms(weights))
+    old, least = bucket.table[selection.rows], selection.floor
+    table = stepped(old, sizes, least, lengths, moving.moves, moving.skips, group["lr"], control(rule, group))
     if scaling.found_inf is not None:
         bucket.table[selection.rows] = torch.where(scaling.found_inf.to(table.device) == 0, table, old)
     else:
         bucket.table[selection.rows] = table
-    applied = table[:, Column.APPLIED][selection.owner]
+    applied = selection.of_tensors(table[:, Column.APPLIED])
     decay = group["weight_decay"] if rule.decoupled else 0.0
     if decay != 0:
         torch._foreach_addcmul_(directions, weights, each(-decay / moving.factors, weights))
@@ -68,17 +69,19 @@ def _move_averaged(part: Part, moving: Moving, directions: list[Tensor], rates: 
     shares = 1 / moving.steps  # of the new iterate in the new average
     offsets = [state["offset"] for state in part.states]
     ahead, moved = moving.to_change(offsets), moving.to_change(weights)
-    # First the iterate minus the average before it; then it takes the weights along, which make 1 - beta of the move
-    # besides. In increments, so that where nothing moves the weights stay to the last bit.
-    torch._foreach_addcmul_(ahead, directions, rates)
-    torch._foreach_addcmul_(moved, directions, rates, value=1 - beta)
-    torch._foreach_addcmul_(moved, ahead, each(beta * shares, weights))
+    pulls, rests = each(beta * shares, weights), each(1 - shares, weights)
+    for at in part.selection.blocks:
+        # First the iterate minus the average before it; then it takes the weights along, which make 1 - beta of the
+        # move besides. In increments, so that where nothing moves the weights stay to the last bit.
+        torch._foreach_addcmul_(ahead[at], directions[at], rates[at])
+        torch._foreach_addcmul_(moved[at], directions[at], rates[at], value=1 - beta)
+        torch._foreach_addcmul_(moved[at], ahead[at], pulls[at])
+        torch._foreach_mul_(ahead[at], rests[at])
     moving.settle(params, moved, weights)
     if params is not weights:
         # Half precision rounds moves away. The iterate makes the move that is left, or its average would run off.
-        of_move = each(1 - beta + beta * shares, weights)
+        left = each((1 - shares) / (1 - beta + beta * shares), weights)
         for i, (param, weight) in enumerate(zip(params, moved, strict=True)):
             if param.dtype != weight.dtype:
-                ahead[i] += (param.to(weight.dtype) - weight) / of_move[i]
-    torch._foreach_mul_(ahead, each(1 - shares, weights))
+                ahead[i] += (param.to(weight.dtype) - weight) * left[i]
     moving.settle(offsets, ahead, offsets)
