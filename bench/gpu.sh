@@ -68,9 +68,15 @@ stage_build() {
 
 # Marked tests, and the comparisons of the rates, which take whatever device is there.
 stage_tests() {
+  $PYTHON -m pytest -n 4 -p no:benchmark -q tests/rates/test_rates.py --junitxml="$STAGES/tests_rates.xml" \
+    >"$STAGES/tests_rates.log" 2>&1 &
+  local status=0
   $PYTHON -m pytest -n 6 --dist loadfile -p no:benchmark -q -m "gpu and not slow" tests/update tests/rates \
-    tests/test_gpu.py tests/examples --continue-on-collection-errors --junitxml="$STAGES/tests.xml" --durations=8
-  $PYTHON -m pytest -n 6 -p no:benchmark -q tests/rates/test_rates.py --junitxml="$STAGES/tests_rates.xml"
+    tests/test_gpu.py tests/examples --continue-on-collection-errors --junitxml="$STAGES/tests.xml" --durations=8 ||
+    status=$?
+  wait $! || status=$?
+  tail -n 3 "$STAGES/tests_rates.log"
+  return $status
 }
 
 stage_update() { measure update update; }

@@ -13,6 +13,16 @@ def many_small() -> Shapes:
     return [(1000,)] * 1000
 
 
+def small_cnn() -> Shapes:
+    """Nine convolutions with BatchNorm and two linear layers: 1.3 M numbers in 40 tensors."""
+    shapes: Shapes = []
+    channels = 3
+    for width in (32, 32, 64, 64, 96, 128, 128, 160, 160):
+        shapes += [(width, channels, 3, 3), (width,), (width,), (width,)]
+        channels = width
+    return [*shapes, (560, channels * 5), (560,), (100, 560), (100,)]
+
+
 def vgg16_bn() -> Shapes:
     """VGG16 with BatchNorm for 32x32 pixels and 10 classes: 14.7 M numbers in 54 tensors (convolutions biased)."""
     shapes: Shapes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
 from lwas_fast.rule import Here, Moving, Rule, bias_correction, each
 
+LEAST_EPS = 1e-30  # less than that has no finite inverse; the least gradient whose square is not 0 is above 1e-23
 
-def _denominators(second: list[Tensor] | tuple[Tensor, ...], steps: Tensor, group: dict[str, Any]) -> list[Tensor]:
-    """The root of the bias-corrected second moments, plus eps, of tensors that have had so many steps (N,)."""
-    found = list(torch._foreach_div(second, each(bias_correction(steps, group["betas"][1]), second)))
-    torch._foreach_sqrt_(found)
-    torch._foreach_add_(found, group["eps"])
+
+def _denominators(second: Sequence[Tensor], scales: Tensor | float, group: dict[str, Any]) -> list[Tensor]:
+    """The root of the bias-corrected second moments, plus eps; all of that times `scales`, the correction's root."""
+    found = list(torch._foreach_sqrt(list(second)))
+    eps = max(group["eps"], LEAST_EPS) * scales
+    torch._foreach_add_(found, each(eps, second) if isinstance(eps, Tensor) else eps)
     return found
 
 
@@ -43,9 +46,10 @@ class AdamWRule(Rule):
         squares = torch._foreach_mul(gradients, gradients)
         second = torch._foreach_lerp([state["exp_avg_sq"] for state in here.states], squares, 1 - beta2)
         del squares
-        denominators = _denominators(second, here.steps, group)
+        scales = bias_correction(here.steps, beta2).sqrt()
+        directions = list(torch._foreach_div(gradients, _denominators(second, scales, group)))
         del second
-        directions = list(torch._foreach_div(gradients, denominators))
+        torch._foreach_mul_(directions, each(scales, directions))
         torch._foreach_mul_(directions, here.factors)
         return gradients, directions
 
@@ -53,16 +57,20 @@ class AdamWRule(Rule):
     def advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
         beta1, beta2 = group["betas"]
         second = [state["exp_avg_sq"] for state in states]
-        squares = torch._foreach_mul(moving.gradients, moving.gradients)
-        torch._foreach_lerp_(second, moving.taking_part(squares, second), 1 - beta2)
-        denominators = _denominators(second, moving.steps, group)
-        if group["schedule_free"]:
-            return list(torch._foreach_div(moving.gradients, torch._foreach_neg(denominators)))
-        first = [state["exp_avg"] for state in states]
-        torch._foreach_lerp_(first, moving.taking_part(moving.gradients, first), 1 - beta1)
-        directions = list(torch._foreach_div(first, each(-bias_correction(moving.steps, beta1), moving.weights)))
-        torch._foreach_div_(directions, denominators)
-        return directions
+        changed = moving.to_change(second)
+        torch._foreach_mul_(changed, each(beta2, changed))
+        torch._foreach_addcmul_(changed, moving.gradients, moving.gradients, value=1 - beta2)
+        moving.settle(second, changed, second)
+        scales = bias_correction(moving.steps, beta2) ** 0.5
+        denominators = _denominators(second, scales, group)
+        ascent, moving.factors = moving.gradients, -scales
+        if not group["schedule_free"]:
+            moving.factors = -scales / bias_correction(moving.steps, beta1)
+            ascent = [state["exp_avg"] for state in states]
+            torch._foreach_lerp_(ascent, moving.taking_part(moving.gradients, ascent), 1 - beta1)
+        torch._foreach_reciprocal_(denominators)  # in place, for to allocate costs more than to compute
+        torch._foreach_mul_(denominators, ascent)
+        return denominators
 
     @override
     def numbers(self, group: dict[str, Any]) -> tuple[float, ...]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
+from operator import is_
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,19 +22,23 @@ Grouping: TypeAlias = "Callable[[str], str] | Mapping[str, str] | nn.Module | No
 # could never move. Its root mean square counts as this much at least (in the manner of Adafactor's epsilon_2).
 RMS_FLOOR = 1e-2
 
+# A norm takes torch over a microsecond, however short the tensor. Up to FEW elements each on average it is cheaper to
+# string tensors together, so many that they stay in the cache.
+FEW, BLOCK = 2**12, 2**16
 
-FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters that compiled code and Triton take
+
+HALF = (torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.float32, *HALF)  # of parameters that compiled code and Triton take
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
     """The dtype of a parameter's state and arithmetic: float32 for half precision, else its own."""
-    return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
+    return torch.float32 if param.dtype in HALF else param.dtype
 
 
-def squared_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+def squared_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The squared Euclidean norms (N,) of some tensors."""
-    norms: Sequence[Tensor] = torch._foreach_norm(tensors)
-    return torch.stack([norm.to(dtype) for norm in norms]).square()
+    return torch.stack(torch._foreach_norm(list(tensors))).to(dtype).square()
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -121,6 +128,8 @@ class Selection:
         rows: Which rows of the bucket's table the S layers are: a slice or a LongTensor.
         layer: For each tensor, its layer's position among the S; does not decrease.
         index: LongTensor (S, most tensors a layer has), padded with len(params).
+        owner: LongTensor (N,), `layer` on the device.
+        places: Which of the bucket's `steps` are the tensors': a slice or a LongTensor.
         elements: (S,) int64, elements of each layer.
         where: LongTensor (N, 2) on the CPU: each tensor's row in the bucket's table, and its position in the bucket.
         dtype: The table's.
@@ -131,18 +140,53 @@ class Selection:
     rows: Any
     layer: list[int]
     index: Tensor
+    owner: Tensor
+    places: Any
     elements: Tensor
     where: Tensor
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def floor(self) -> Tensor:
         """(S,), the least norm a layer's weights count with (see RMS_FLOOR)."""
         return RMS_FLOOR * self.elements.to(self.dtype).sqrt()
 
+    @cached_property
+    def blocks(self) -> list[slice]:
+        """The tensors in parts of about `BLOCK` elements, which stay in a CPU's cache; elsewhere one part."""
+        ends = np.cumsum([param.numel() for param in self.params])
+        cuts = (np.flatnonzero(np.diff(ends // BLOCK)) + 1).tolist() if self.params[0].is_cpu else []
+        return [slice(i, j) for i, j in pairwise([0, *cuts, len(ends)])]
+
+    @cached_property
+    def _starts(self) -> list[tuple[Any, Any]]:
+        """Of each block, which tensors are not empty, and where these start; none if long or not on a CPU."""
+        sizes = np.array([param.numel() for param in self.params])
+        if not self.params[0].is_cpu or not 0 < sizes.sum() <= FEW * (sizes > 0).sum():
+            return []
+        full = [at.start + np.flatnonzero(sizes[at]) for at in self.blocks]
+        starts = sizes.cumsum() - sizes
+        return [(which, starts[which] - starts[at.start]) for at, which in zip(self.blocks, full, strict=True)]
+
+    def squared_norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The squared norms (N,) of tensors shaped like the parameters, in the table's dtype."""
+        if not self._starts:
+            return squared_norms(tensors, self.dtype)
+        found = np.zeros(len(tensors))
+        for at, (full, starts) in zip(self.blocks, self._starts, strict=True):
+            flat: Tensor = torch._utils._flatten_dense_tensors(tensors[at])  # type: ignore[no-untyped-call]
+            found[full] = np.add.reduceat(flat.square().numpy(), starts)
+        return torch.from_numpy(found).to(self.dtype)
+
     def per_layer(self, values: Tensor) -> Tensor:
         """Sum numbers of tensors (N, ...) to numbers of layers (S, ...), always in the same order."""
+        if len(self.index) == len(self.params):  # each is a layer
+            return values
         return torch.cat([values, torch.zeros_like(values[:1])])[self.index].sum(1)
+
+    def of_tensors(self, values: Tensor) -> Tensor:
+        """The numbers (N,) of the tensors' layers: (S,) -> (N,)."""
+        return values if len(values) == len(self.params) else values[self.owner]
 
     def per_tensor(self, values: Tensor) -> list[Tensor]:
         """Hand each tensor its layer's number, in the dtype of its state: (S,) -> N tensors without dimension."""
@@ -196,8 +240,10 @@ class Bucket:
         contiguous = rows == list(range(rows[0], rows[-1] + 1))
         which = slice(rows[0], rows[-1] + 1) if contiguous else upload(rows, torch.int64, device)
         where = torch.tensor([[self.row[i], i] for i in indices], device="cpu")
+        owner = upload(layer, torch.int64, device)
+        places = slice(None) if len(indices) == len(self.params) else upload(indices, torch.int64, device)
         params = [self.params[i] for i in indices]
-        return Selection(indices, params, which, layer, index, elements, where, self.table.dtype)
+        return Selection(indices, params, which, layer, index, owner, places, elements, where, self.table.dtype)
 
 
 class Layout:
@@ -216,6 +262,9 @@ class Layout:
         buffers_of: Callable[[dict[str, Any]], tuple[str, ...]],
     ):
         self.groups, self.state, self._buffers_of = groups, state, buffers_of
+        # What took part in the last step, and all entries of `state` then: to look each up costs more than a step.
+        self._states: dict[Selection, list[dict[str, Any]]] = {}
+        self._entries: tuple[list[Tensor], list[dict[str, Any]]] = ([], [])
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -251,6 +300,29 @@ class Layout:
         }
         # Views of the bucket's: a layer's numbers travel with its parameters.
         return {"step": count, **zeros, "layer": bucket.table[bucket.row[i]]}
+
+    def states_of(self, bucket: Bucket, selection: Selection) -> list[dict[str, Any]]:
+        """The states of a selection's parameters: see `state_of`."""
+        if (states := self._states.get(selection)) is not None and self._nothing_replaced():
+            counts = (
+                bucket.counts if len(states) == len(bucket.counts) else [bucket.counts[i] for i in selection.indices]
+            )
+            if all(map(is_, [state.get("step") for state in states], counts)):
+                return states
+        return [self.state_of(bucket, i) for i in selection.indices]
+
+    def enter(self, states: dict[Selection, list[dict[str, Any]]]) -> None:
+        """Put states that are about to take a step into `state`, where they are not there yet."""
+        if all(self._states.get(selection) is found for selection, found in states.items()):
+            return
+        for selection, found in states.items():
+            self.state.update(zip(selection.params, found, strict=True))
+        self._states, self._entries = states, (list(self.state), list(self.state.values()))
+
+    def _nothing_replaced(self) -> bool:
+        params, entries = self._entries
+        same = len(params) == len(self.state) and all(map(is_, self.state, params))
+        return same and all(map(is_, self.state.values(), entries))
 
     def _buckets_of(self, number: int) -> Iterator[Bucket]:
         group = self.groups[number]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lwas_fast import groups, measure, options, rates, state, update
-from lwas_fast.layers import Grouping, Layout, check_dense
+from lwas_fast.layers import Grouping, Layout
 from lwas_fast.rule import Rule, Scaling
 from lwas_fast.table import COUNTERS, Column
 
@@ -232,7 +231,6 @@ class LayerwiseOptimizer(Optimizer):
         update.check_training(self.param_groups)
         value = None if closure is None else self._evaluate(closure)
         update.check_training(self.param_groups)  # the closure may have called eval()
-        check_dense(self.param_groups, attrgetter("grad"))
         parts = update.prepare(self._layout, self.rule)
         if self._measured is None:
             self._warn_if_overdue()

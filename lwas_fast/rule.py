@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,12 +28,13 @@ class Scaling(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What of a bucket takes a step: the tensors that have a gradient, their hyperparameters and their states."""
+    """What of a bucket takes a step: the tensors that have a gradient, their hyperparameters, states and gradients."""
 
     bucket: Bucket
     selection: Selection
     group: dict[str, Any]
     states: list[dict[str, Any]]
+    gradients: list[Tensor]
 
 
 class Here(NamedTuple):
@@ -58,41 +59,93 @@ class Moving:
     """What `Rule.advance` works on: gradients, weights, and which elements take part. Making it counts the step.
 
     Attributes:
-        gradients: Ascent gradients of the loss to be minimised. Owned: may be overwritten.
+        gradients: Ascent gradients of the loss to be minimised. Not to be changed: they may be the user's.
         weights: The parameters in their state's dtype. Not to be changed by `Rule.advance`.
-        steps: How many steps each has taken with this one (N,).
-        moves: (S,) bool, whether anything of a layer moves.
-        skips: (S,) bool, whether elements of it are left alone.
+        steps: How many steps each has taken with this one (N,); a number where it is known that all have taken as many.
+        moves: (S,) bool, whether anything of a layer moves; True where it is known that everything does.
+        skips: (S,) bool, whether elements of it are left alone; False likewise.
+        squares: The squared norms (N,) of the gradients if all elements take part and that is known, else None.
+        factors: What the directions that `Rule.advance` returns are to be multiplied by, a number or one a tensor like
+            `steps`. A rule may set it, which spares it a pass over them.
     """
 
     def __init__(self, part: Part, gradients: list[Tensor], weights: list[Tensor], scaling: Scaling):
-        self.gradients = gradients
-        self.weights = weights
-        # The square: a second moment must not become infinite either.
-        self._finite = [gradient.square().isfinite() for gradient in gradients]
-        if scaling.found_inf is not None:
-            self._finite = [finite & (scaling.found_inf.to(finite.device) == 0) for finite in self._finite]
-        alive = part.selection.per_layer(torch.stack([finite.sum() for finite in self._finite]))
-        self.skips = alive < part.selection.elements
-        self.moves = (alive > 0) | ~self.skips
-        counts, moves = [state["step"] for state in part.states], self.moves.to(torch.float32)
-        torch._foreach_add_(counts, [moves[layer] for layer in part.selection.layer])
-        self.steps = torch.stack(counts).to(part.selection.dtype)
+        selection, counts = part.selection, part.bucket.steps
+        self.gradients, self.weights = gradients, weights
+        self.factors: Tensor | float = 1.0
+        self.moves: Tensor | bool = True
+        self.skips: Tensor | bool = False
+        self.squares = _squares_if_all_finite(selection, gradients, scaling.found_inf)
+        if self.squares is not None:
+            counts[selection.places] += 1
+        else:
+            # The square: a second moment must not become infinite either.
+            self._finite = [gradient.square().isfinite() for gradient in gradients]
+            if scaling.found_inf is not None:
+                self._finite = [finite & (scaling.found_inf.to(finite.device) == 0) for finite in self._finite]
+            alive = selection.per_layer(torch.stack([finite.sum() for finite in self._finite]))
+            self.skips = alive < selection.elements
+            self.moves = (alive > 0) | ~self.skips
+            counts[selection.places] += selection.of_tensors(self.moves)
+        counts = counts[selection.places]
+        self.steps: Tensor | float = counts.to(selection.dtype)
+        if counts.is_cpu:
+            least, most = (number.item() for number in counts.aminmax())
+            self.steps = least if least == most else self.steps
 
     def taking_part(self, values: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
         """Of each tensor `values` where the gradient is finite, `others` elsewhere."""
+        if self.squares is not None:
+            return list(values)
         return [torch.where(f, v, o) for f, v, o in zip(self._finite, values, others, strict=True)]
 
+    def to_change(self, tensors: list[Tensor]) -> list[Tensor]:
+        """These tensors if all their elements take part, else copies: to be changed in place, then `settle`d."""
+        return tensors if self.squares is not None else list(torch._foreach_mul(tensors, 1))
 
-def each(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Split the numbers of N tensors (N,) into N tensors without dimension, in the others' dtypes."""
-    return [v.to(t.dtype) for v, t in zip(values.unbind(), tensors, strict=True)]
+    def settle(self, tensors: list[Tensor], changed: list[Tensor], before: list[Tensor]) -> None:
+        """Write what was changed into `tensors`, where it takes part; elsewhere they keep what was `before`."""
+        if changed is not tensors:
+            torch._foreach_copy_(tensors, self.taking_part(changed, before))
 
 
-def bias_correction(steps: Tensor, beta: float) -> Tensor:
+def _squares_if_all_finite(selection: Selection, gradients: list[Tensor], found_inf: Tensor | None) -> Tensor | None:
+    """The gradients' squared norms if these say that all squared elements are finite; None if not, or off the CPU.
+
+    Nothing is read from another device, for that would wait for it.
+    """
+    if not gradients[0].is_cpu or (found_inf is not None and not (found_inf.is_cpu and found_inf == 0)):
+        return None
+    squares = selection.squared_norms(gradients)
+    limit = min(torch.finfo(dtype).max for dtype in {gradient.dtype for gradient in gradients})
+    return squares if squares.max().item() < limit / 4 else None  # NaN is not less; 4: norms are rounded
+
+
+def each(values: Tensor | float, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Split the numbers of N tensors (N,), or repeat one, into N tensors without dimension, in the others' dtypes.
+
+    `torch._foreach_` takes these faster than a list of Python's numbers.
+    """
+    dtypes = {t.dtype for t in tensors}
+    if isinstance(values, Tensor):
+        numbers = {dtype: values.to(dtype).unbind() for dtype in dtypes}
+    else:
+        numbers = {dtype: (torch.tensor(values, dtype=dtype, device="cpu"),) * len(tensors) for dtype in dtypes}
+    if len(numbers) == 1:
+        return list(numbers[dtypes.pop()])
+    return [numbers[t.dtype][i] for i, t in enumerate(tensors)]
+
+
+@overload
+def bias_correction(steps: float, beta: float) -> float: ...
+@overload
+def bias_correction(steps: Tensor, beta: float) -> Tensor: ...
+def bias_correction(steps: Tensor | float, beta: float) -> Tensor | float:
     """1 - beta**steps without the cancellation that costs float32 four digits at beta = 0.999; 1 at 0 steps."""
     decay = math.log(beta) if beta > 0 else -math.inf
-    return torch.where(steps > 0, -torch.expm1(steps * decay), 1.0)
+    if isinstance(steps, Tensor):
+        return torch.where(steps > 0, -torch.expm1(steps * decay), 1.0)
+    return -math.expm1(steps * decay) if steps > 0 else 1.0
 
 
 class Rule(ABC):
@@ -141,10 +194,12 @@ class Rule(ABC):
 
     @abstractmethod
     def advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
-        """Update the states in place, in plain torch, and return the directions to step along (fresh tensors).
+        """Update the states in place, in plain torch, and return the directions to step along.
 
-        States change through ``moving.taking_part(new, old)`` only, for an element whose gradient is not finite stays
-        as it is. Directions need no masking.
+        An element whose gradient is not finite stays as it is: states change through ``moving.taking_part(new, old)``
+        only, or between ``moving.to_change`` and ``moving.settle``. Directions need no masking. They may be the
+        gradients or states, which are only read, but of a `decoupled` rule they are fresh. ``moving.factors`` may hold
+        what they are to be multiplied by.
         """
 
     def numbers(self, group: dict[str, Any]) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from typing_extensions import Unpack, override
 from lwas_fast.layers import Grouping
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
-from lwas_fast.rule import Here, Moving, Rule, bias_correction, each
+from lwas_fast.rule import Here, Moving, Rule, bias_correction
 
 
 class SGDRule(Rule):
@@ -40,12 +40,14 @@ class SGDRule(Rule):
     def advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
         beta, decay = group["momentum"], group["weight_decay"]
         if decay != 0:
-            torch._foreach_add_(moving.gradients, moving.weights, alpha=decay)
+            moving.gradients = list(torch._foreach_add(moving.gradients, moving.weights, alpha=decay))
         if group["schedule_free"]:
-            return list(torch._foreach_neg(moving.gradients))
+            moving.factors = -1.0
+            return moving.gradients
         momenta = [state["momentum_buffer"] for state in states]
         torch._foreach_lerp_(momenta, moving.taking_part(moving.gradients, momenta), 1 - beta)
-        return list(torch._foreach_div(momenta, each(-bias_correction(moving.steps, beta), moving.weights)))
+        moving.factors = -1 / bias_correction(moving.steps, beta)
+        return momenta
 
     @override
     def numbers(self, group: dict[str, Any]) -> tuple[float, ...]:

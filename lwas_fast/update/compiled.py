@@ -19,7 +19,7 @@ def compiled_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     Raises:
         TypeError: A dtype that the operator does not take. Nothing has been changed.
     """
-    bucket, selection, group, states = part
+    bucket, selection, group, states, gradients = part
     lr: float | Tensor = group["lr"]
     on_device = None
     if isinstance(lr, Tensor) and lr.is_cuda and lr.device == bucket.table.device:
@@ -29,7 +29,7 @@ def compiled_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     assert rule.operator is not None  # `extension.serves` says so
     getattr(torch.ops.lwas_fast, rule.operator)(
         selection.params,
-        [p.grad for p in selection.params],
+        gradients,
         *([state[name] for state in states] for name in rule.buffers(group)),
         bucket.table,
         bucket.steps,

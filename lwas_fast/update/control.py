@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lwas_fast.rates import current
 from lwas_fast.rule import Rule
 from lwas_fast.table import Column
 
@@ -61,16 +61,24 @@ def control(rule: Rule, group: dict[str, Any]) -> Control:
 
 
 def stepped(
-    table: Tensor, sizes: Tensor, lengths: Tensor, moves: Tensor, skipped: Tensor, lr: float | Tensor, control: Control
+    table: Tensor,
+    sizes: Tensor,
+    floor: Tensor,
+    lengths: Tensor,
+    moves: Tensor | bool,
+    skips: Tensor | bool,
+    lr: float | Tensor,
+    control: Control,
 ) -> Tensor:
     """Work out what multiplies each of L layers' directions in this step.
 
     Args:
         table: (L, len(Column)) statistics.
-        sizes: (L,) norm of the layer's weights, not below its floor.
-        lengths: (L,) norm of the direction that is applied.
-        moves: (L,) bool, whether anything of the layer moves.
-        skipped: (L,) bool, whether elements of it are left alone.
+        sizes: (L,) squared norm of the layer's weights.
+        floor: (L,) least norm that these count with.
+        lengths: (L,) squared norm of the direction that is applied.
+        moves: (L,) bool, whether anything of the layer moves; on a CPU also one for all.
+        skips: Likewise, whether elements of it are left alone.
         lr: The group's multiplier.
         control: The rest of what holds for all of them.
 
@@ -78,32 +86,59 @@ def stepped(
         The new table: `APPLIED` is the answer, `LENGTH` and `SIZE` are for the next, `CAPPED` and `SKIPPED` count.
     """
     new = table.clone()
-    rate = current(table, control.warmup_rate)
-    rate = torch.where(table[:, Column.WEIGHT] > 0, rate * control.gain, rate)
-    if control.warming:
-        rate = torch.full_like(rate, control.warmup_rate)
-    expected, bound = table[:, Column.LENGTH], largest_rate(sizes, lengths, control)
-    foreseen = torch.minimum(rate, largest_rate(table[:, Column.SIZE], expected, control))
-    foreseen = torch.where(table[:, Column.SIZE] > 0, foreseen, math.inf)  # where nothing is known yet
-    step = torch.where(foreseen > SLACK * bound, bound, foreseen).minimum(rate)
-    new[:, Column.APPLIED] = torch.where(moves, step * lr * control.ramp, 0.0)
-    new[:, Column.CAPPED] += moves & (step < rate)
-    new[:, Column.SKIPPED] += skipped
-    new[:, Column.LENGTH] = torch.where(moves, expected_lengths(expected, lengths), expected)
-    new[:, Column.SIZE] = torch.where(moves, sizes, table[:, Column.SIZE])
+    if not table.is_cpu:
+        _stepped(torch, lr, control, new, sizes, floor, lengths, moves, skips)
+        return new
+    # numpy takes a third of torch's time for so few numbers, which is what a step of a small model would consist of.
+    numbers: list[Any] = [x.numpy() for x in (new, sizes, floor, lengths)]
+    numbers += [x.numpy() if isinstance(x, Tensor) else x for x in (moves, skips)]
+    with np.errstate(all="ignore"):
+        _stepped(np, float(lr), control, *numbers)
     return new
 
 
-def largest_rate(sizes: Tensor, lengths: Tensor, control: Control) -> Tensor:
+def _stepped(
+    xp: Any,
+    lr: float | Tensor,
+    control: Control,
+    new: Any,
+    squared_sizes: Any,
+    floor: Any,
+    squared_lengths: Any,
+    moves: Any,
+    skips: Any,
+) -> None:
+    """Bring a table up to date in place, in torch or in numpy."""
+    lengths, sizes = xp.sqrt(squared_lengths), xp.maximum(xp.sqrt(squared_sizes), floor)
+    weight, expected, size = new[:, Column.WEIGHT], new[:, Column.LENGTH], new[:, Column.SIZE]
+    if control.warming:
+        rate = xp.full_like(weight, control.warmup_rate)
+    else:
+        rate = xp.where(weight > 0, new[:, Column.AVERAGE] / weight * control.gain, control.warmup_rate)
+    bound = largest_rate(xp, sizes, lengths, control)
+    foreseen = xp.minimum(rate, largest_rate(xp, size, expected, control))
+    foreseen = xp.where(size > 0, foreseen, math.inf)  # where nothing is known yet
+    step = xp.minimum(xp.where(foreseen > SLACK * bound, bound, foreseen), rate)
+    new[:, Column.APPLIED] = xp.where(moves, step * (lr * control.ramp), 0.0)
+    new[:, Column.CAPPED] += moves & (step < rate)
+    new[:, Column.SKIPPED] += skips
+    new[:, Column.LENGTH] = xp.where(moves, expected_lengths(xp, expected, lengths), expected)
+    new[:, Column.SIZE] = xp.where(moves, sizes, size)
+
+
+def largest_rate(xp: Any, sizes: Any, lengths: Any, control: Control) -> Any:
     """The largest rate of layers with these norms; nothing but the decay bounds it where there is no direction."""
-    bound = torch.where(lengths > 0, control.cap * sizes / lengths, math.inf)
-    return bound.nan_to_num(nan=0.0, posinf=math.inf).clamp(max=control.largest_rate)  # NaN: both norms overflowed
+    bound = xp.where(lengths > 0, control.cap * sizes / lengths, math.inf)
+    bound = xp.where(bound == bound, bound, 0.0)  # NaN: both norms overflowed
+    return xp.where(bound < control.largest_rate, bound, control.largest_rate)
 
 
-def expected_lengths(before: Tensor, now: Tensor) -> Tensor:
+def expected_lengths(xp: Any, before: Any, now: Any) -> Any:
     """Norms to expect of the next directions: the root mean square over about five steps.
 
     An outlier counts as twice the average, and a step without any direction not at all.
     """
-    ratio = (now / before).clamp(max=2)
-    return torch.where(before > 0, torch.where(now > 0, before * (0.8 + 0.2 * ratio.square()).sqrt(), before), now)
+    ratio = now / before
+    ratio = xp.where(ratio > 2, 2.0, ratio)
+    averaged = before * xp.sqrt(0.8 + 0.2 * ratio * ratio)
+    return xp.where(before > 0, xp.where(now > 0, averaged, before), now)

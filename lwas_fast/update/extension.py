@@ -106,15 +106,19 @@ def why_not(rule: Rule, bucket: Bucket) -> str | None:
     """Why compiled code does not serve a bucket; None where it does. At first use it is built, if it could serve."""
     if rule.operator is None:
         return f"there is none for {rule.name}"
-    for param in bucket.params:
-        if param.dtype not in FUSED_DTYPES or bucket.table.dtype != torch.float32:
-            return f"the group has {param.dtype} parameters, and it takes float32, bfloat16 and float16"
-        if param.grad is not None and param.grad.dtype != param.dtype:
-            return f"the gradient of a {param.dtype} parameter is {param.grad.dtype}"
+    dtypes = [param.dtype for param in bucket.params]
+    if bucket.table.dtype != torch.float32 or not set(dtypes) <= set(FUSED_DTYPES):
+        other = next((dtype for dtype in dtypes if dtype not in FUSED_DTYPES), torch.float64)
+        return f"the group has {other} parameters, and it takes float32, bfloat16 and float16"
+    # As lists: at every step a loop in Python would cost more than the update of small tensors.
+    of_gradients = [d if (g := p.grad) is None else g.dtype for p, d in zip(bucket.params, dtypes, strict=True)]
+    if of_gradients != dtypes:
+        dtype, other = next((a, b) for a, b in zip(dtypes, of_gradients, strict=True) if a != b)
+        return f"the gradient of a {dtype} parameter is {other}"
     device = bucket.table.device.type
     if (reason := missing(device)) is not None:
         return reason
-    if device == "cpu" and not BUILD["float16_on_cpu"] and any(p.dtype == torch.float16 for p in bucket.params):
+    if device == "cpu" and not BUILD["float16_on_cpu"] and torch.float16 in dtypes:
         return "the compiler that built it knows no float16"
     return None
 

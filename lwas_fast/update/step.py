@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
-from lwas_fast.layers import Layout
+import torch
+
+from lwas_fast.layers import Layout, check_dense
 from lwas_fast.profiling import span
 from lwas_fast.rule import Part, Rule, Scaling
 from lwas_fast.update import extension
@@ -17,15 +20,20 @@ def prepare(layout: Layout, rule: Rule) -> list[tuple[Part, bool]]:
     """Find what moves, and whether compiled code moves it; nothing is changed.
 
     Raises:
+        TypeError: A gradient is sparse.
         RuntimeError: ``fused=True``, and the compiled update cannot serve; or a state of the other mode.
     """
     parts = []
     for bucket in layout.buckets:
-        if present := [i for i, p in enumerate(bucket.params) if p.grad is not None]:
+        found = [p.grad for p in bucket.params]
+        if present := [i for i, gradient in enumerate(found) if gradient is not None]:
+            gradients = [gradient for gradient in found if gradient is not None]
+            if [gradient.layout for gradient in gradients].count(torch.strided) < len(gradients):
+                check_dense(layout.groups, attrgetter("grad"))
             group, selection = layout.group_of(bucket), bucket.select(present)
             check_state(layout, rule, group, selection.params[0])
             compiled = extension.serves(rule, group, bucket)
-            parts.append((Part(bucket, selection, group, [layout.state_of(bucket, i) for i in present]), compiled))
+            parts.append((Part(bucket, selection, group, layout.states_of(bucket, selection), gradients), compiled))
     return parts
 
 
@@ -33,9 +41,9 @@ def run(layout: Layout, rule: Rule, parts: Sequence[tuple[Part, bool]], scaling:
     """Take the step, and count it in the groups that moved."""
     numbers = {part.bucket.group for part, _ in parts}
     follow(layout, rule, numbers)
+    layout.enter({part.selection: part.states for part, _ in parts})
     with span("update"):
         for part, compiled in parts:
-            layout.state.update(zip(part.selection.params, part.states, strict=True))
             (compiled_step if compiled else plain_step)(rule, part, scaling)
     for number in numbers:
         layout.groups[number]["steps"] += 1

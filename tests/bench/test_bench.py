@@ -49,7 +49,8 @@ class Benchmarks:
 def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Benchmarks:
     """A few of each file, in one run."""
     update = "(test_update and 1000 and SGD and fused and float32 and whole)"
-    choice = f"{update} or (test_rates and 1000) or (test_step and MLP and AdamW)"
+    plain = "(test_plain and 1000 and SGD and momentum)"
+    choice = f"{update} or {plain} or (test_rates and 1000) or (test_step and MLP and AdamW)"
     return Benchmarks(tmp_path_factory.mktemp("bench"), choice)
 
 
@@ -59,7 +60,7 @@ def test_of_the_machine_the_versions_and_not_the_name(benchmarks):
     assert machine["lwas_fast"]["torch"]
 
 
-@pytest.mark.parametrize("file", ["update", "rates"])
+@pytest.mark.parametrize("file", ["update", "plain", "rates"])
 def test_a_benchmark_and_its_report(benchmarks, file):
     found = [b for b in benchmarks.of(file) if "ratio" in b["extra_info"]]
     assert found

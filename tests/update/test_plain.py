@@ -1,0 +1,131 @@
+"""The update in plain torch: what it costs, and what its shortcuts on a CPU must not change.
+
+Catches: work that is done tensor by tensor in Python, at every step, in the compiled update's preparation too; a state
+that somebody replaced and that is remembered all the same; gradients of the user's that are written to; elements that
+the norm of a whole gradient hides.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import OPTIMIZERS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lwas_fast import SGDLW
+from lwas_fast.layers import BLOCK, FEW
+
+EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
+MODES = pytest.mark.parametrize("schedule_free", [True, False])
+FIXED = {"update_every": 10**9, "warmup_steps": 10**9}
+
+
+def with_gradients(shapes: list) -> list[torch.Tensor]:
+    params = [torch.randn(shape).requires_grad_() for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+class Count(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@EACH
+@MODES
+@pytest.mark.parametrize(("shape", "each"), [((FEW + 1,), 0), ((3,), 3)])  # flattened for three norms at most
+def test_calls_do_not_grow_with_the_tensors(kind, schedule_free, shape, each):
+    found = []
+    for count in (2, 12):
+        opt = OPTIMIZERS[kind](with_gradients([shape] * count), schedule_free=schedule_free, foreach=True, **FIXED)
+        for _ in range(2):
+            opt.step()
+        with Count() as counted:
+            opt.step()
+        found.append(counted.calls)
+    assert found[1] - found[0] <= 10 * each
+    assert found[0] < 60
+
+
+@EACH
+@pytest.mark.parametrize("options", [{}, {"foreach": True}])
+def test_states_are_not_looked_up_one_by_one(kind, options, monkeypatch):
+    params, hashed = with_gradients([(3,)] * 50), []
+    opt = OPTIMIZERS[kind](params, **options, **FIXED)
+    for _ in range(2):
+        opt.step()
+    monkeypatch.setattr(torch.Tensor, "__hash__", lambda p: hashed.append(p) or id(p))
+    opt.step()
+    assert len(hashed) < 10
+
+
+@EACH
+@pytest.mark.parametrize("options", [{}, {"foreach": True}])
+def test_a_state_that_somebody_replaces_is_the_one_that_steps(kind, options):
+    params = with_gradients([(3,), (4,)])
+    opt = OPTIMIZERS[kind](params, **options, **FIXED)
+    for _ in range(2):
+        opt.step()
+    name = opt.rule.buffers(opt.param_groups[0])[0]
+    replaced = opt.state[params[0]] = copy.deepcopy(opt.state[params[0]])
+    opt.state[params[1]].clear()  # starts anew
+    before = replaced[name].clone()
+    opt.step()
+    assert opt.state[params[0]] is replaced
+    assert not torch.equal(replaced[name], before)
+    assert [opt.state[p]["step"].item() for p in params] == [3, 1]
+    opt.state.clear()
+    opt.step()
+    assert [opt.state[p]["step"].item() for p in params] == [1, 1]
+
+
+@MODES
+def test_gradients_stay_as_they_are(schedule_free):
+    (p,) = with_gradients([(5,)])
+    before = p.grad.clone()
+    SGDLW([p], weight_decay=0.1, schedule_free=schedule_free, foreach=True, **FIXED).step()
+    assert torch.equal(p.grad, before)
+
+
+@EACH
+@MODES
+def test_tensors_that_have_had_other_numbers_of_steps(kind, schedule_free):
+    """In one list, and each by itself."""
+    shapes, together, alone = [(5,), (FEW + 1,), (2, 3)], [], []
+    params = with_gradients(shapes)
+    gradients = [[torch.randn_like(p) for p in params] for _ in range(4)]
+    for found, lists in ((together, [[0, 1, 2]]), (alone, [[0], [1], [2]])):
+        for members in lists:
+            own = [params[i].detach().clone().requires_grad_() for i in members]
+            opt = OPTIMIZERS[kind](own, schedule_free=schedule_free, foreach=True, **FIXED)
+            for k in range(4):
+                for i, p in zip(members, own, strict=True):
+                    p.grad = gradients[k][i] if k != i else None
+                opt.step()
+            found += own
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+@EACH
+@pytest.mark.parametrize(("size", "moves"), [(1.8e19, True), (1.9e19, False)])  # 1.845e19 is the root of the largest
+def test_squares_just_below_and_above_overflow(kind, size, moves):
+    p = torch.ones(3).requires_grad_()
+    opt = OPTIMIZERS[kind]([p], foreach=True, **FIXED)
+    p.grad = torch.tensor([size, 0.0, 0.0])
+    opt.step()
+    assert (p[0] != 1).item() is moves
+    assert opt.diagnostics()["param0"]["skipped"] == (not moves)
+
+
+@pytest.mark.parametrize("sizes", [[0, 3, 0, 70, 1], [0], [0, BLOCK + 5, 0, *[1] * 99, BLOCK, 2], [FEW + 1, 0]])
+def test_norms_of_tensors_strung_together(sizes):
+    params = [torch.randn(n, 1).t() for n in sizes]
+    selection = SGDLW(params)._layout.buckets[0].select(range(len(params)))
+    expected = torch.stack([p.double().square().sum() for p in params]).float()
+    torch.testing.assert_close(selection.squared_norms(params), expected, rtol=1e-5, atol=0)
