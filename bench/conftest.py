@@ -14,7 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """Add what matters to us and drop what tells of the owner."""
-    machine_info.pop("node", None)
+    for key in ("node", "release"):
+        machine_info.pop(key, None)
     machine_info["lwas_fast"] = dict(describe())
     machine_info["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
