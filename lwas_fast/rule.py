@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import Bucket, Selection
+from lwas_fast.layers import Bucket
+from lwas_fast.selection import Selection
 
 
 class Scaling(NamedTuple):
@@ -124,7 +125,7 @@ def _squares_if_all_finite(selection: Selection, gradients: list[Tensor], found_
 def each(values: Tensor | float, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Split the numbers of N tensors (N,), or repeat one, into N tensors without dimension, in the others' dtypes.
 
-    `torch._foreach_` takes these faster than a list of Python's numbers.
+    `torch._foreach_` takes these faster than a list of Python's numbers. One number for all is for tensors on a CPU.
     """
     dtypes = {t.dtype for t in tensors}
     if isinstance(values, Tensor):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import HALF, state_dtype
 from lwas_fast.rule import Moving, Part, Rule, Scaling, each
+from lwas_fast.selection import HALF, state_dtype
 from lwas_fast.table import Column
 from lwas_fast.update.control import control, stepped
 
@@ -48,10 +48,13 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     else:
         bucket.table[selection.rows] = table
     applied = selection.of_tensors(table[:, Column.APPLIED])
-    decay = group["weight_decay"] if rule.decoupled else 0.0
-    if decay != 0:
-        torch._foreach_addcmul_(directions, weights, each(-decay / moving.factors, weights))
-    rates = each(applied * moving.factors, weights)
+    decay: float = group["weight_decay"] if rule.decoupled else 0.0
+    factors = moving.factors
+    if decay != 0 and isinstance(factors, Tensor):
+        torch._foreach_addcmul_(directions, weights, each(-decay / factors, weights))
+    elif decay != 0:
+        torch._foreach_add_(directions, weights, alpha=-decay / factors)
+    rates = each(applied * factors, weights)
     if group["schedule_free"]:
         _move_averaged(part, moving, directions, rates, rule.share(group))
         return
