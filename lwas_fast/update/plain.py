@@ -50,10 +50,11 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     applied = selection.of_tensors(table[:, Column.APPLIED])
     decay: float = group["weight_decay"] if rule.decoupled else 0.0
     factors = moving.factors
-    if decay != 0 and isinstance(factors, Tensor):
-        torch._foreach_addcmul_(directions, weights, each(-decay / factors, weights))
-    elif decay != 0:
-        torch._foreach_add_(directions, weights, alpha=-decay / factors)
+    if decay != 0:
+        if isinstance(factors, Tensor):
+            torch._foreach_addcmul_(directions, weights, each(-decay / factors, weights))
+        else:
+            torch._foreach_add_(directions, weights, alpha=-decay / factors)
     rates = each(applied * factors, weights)
     if group["schedule_free"]:
         _move_averaged(part, moving, directions, rates, rule.share(group))
