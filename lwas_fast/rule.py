@@ -137,6 +137,14 @@ def each(values: Tensor | float, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [numbers[t.dtype][i] for i, t in enumerate(tensors)]
 
 
+def add_times(tensors: list[Tensor], others: list[Tensor], factors: Tensor | float) -> None:
+    """Add others times one number for each (N,), or for all, to tensors, in place."""
+    if isinstance(factors, Tensor):
+        torch._foreach_addcmul_(tensors, others, each(factors, tensors))
+    else:
+        torch._foreach_add_(tensors, others, alpha=factors)
+
+
 @overload
 def bias_correction(steps: float, beta: float) -> float: ...
 @overload

@@ -17,8 +17,8 @@ from torch import Tensor
 RMS_FLOOR = 1e-2
 
 # A norm takes torch over a microsecond, however short the tensor. Up to FEW elements each on average it is cheaper to
-# string tensors together, so many that they stay in the cache.
-FEW, BLOCK = 2**12, 2**16
+# string tensors together, so many that they stay in the cache; below 2**15, from which on torch wakes other threads.
+FEW, BLOCK = 2**12, 3 * 2**13
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lwas_fast.rule import Moving, Part, Rule, Scaling, each
+from lwas_fast.rule import Moving, Part, Rule, Scaling, add_times, each
 from lwas_fast.selection import HALF, state_dtype
 from lwas_fast.table import Column
 from lwas_fast.update.control import control, stepped
@@ -51,10 +51,7 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     decay: float = group["weight_decay"] if rule.decoupled else 0.0
     factors = moving.factors
     if decay != 0:
-        if isinstance(factors, Tensor):
-            torch._foreach_addcmul_(directions, weights, each(-decay / factors, weights))
-        else:
-            torch._foreach_add_(directions, weights, alpha=-decay / factors)
+        add_times(directions, weights, -decay / factors)
     rates = each(applied * factors, weights)
     if group["schedule_free"]:
         _move_averaged(part, moving, directions, rates, rule.share(group))
@@ -73,13 +70,13 @@ def _move_averaged(part: Part, moving: Moving, directions: list[Tensor], rates: 
     shares = 1 / moving.steps  # of the new iterate in the new average
     offsets = [state["offset"] for state in part.states]
     ahead, moved = moving.to_change(offsets), moving.to_change(weights)
-    pulls, rests = each(beta * shares, weights), each(1 - shares, weights)
+    pulls, rests = beta * shares, each(1 - shares, weights)
     for at in part.selection.blocks:
         # First the iterate minus the average before it; then it takes the weights along, which make 1 - beta of the
         # move besides. In increments, so that where nothing moves the weights stay to the last bit.
         torch._foreach_addcmul_(ahead[at], directions[at], rates[at])
         torch._foreach_addcmul_(moved[at], directions[at], rates[at], value=1 - beta)
-        torch._foreach_addcmul_(moved[at], ahead[at], pulls[at])
+        add_times(moved[at], ahead[at], pulls[at] if isinstance(pulls, Tensor) else pulls)
         torch._foreach_mul_(ahead[at], rests[at])
     moving.settle(params, moved, weights)
     if params is not weights:
