@@ -42,14 +42,14 @@ class Count(TorchDispatchMode):
 @pytest.mark.parametrize(("shape", "each"), [((FEW + 1,), 0), ((3,), 3)])  # flattened for three norms at most
 def test_calls_do_not_grow_with_the_tensors(kind, schedule_free, shape, each):
     found = []
-    for count in (2, 12):
+    for count in (2, 5):
         opt = OPTIMIZERS[kind](with_gradients([shape] * count), schedule_free=schedule_free, foreach=True, **FIXED)
         for _ in range(2):
             opt.step()
         with Count() as counted:
             opt.step()
         found.append(counted.calls)
-    assert found[1] - found[0] <= 10 * each
+    assert found[1] - found[0] <= 3 * each
     assert found[0] < 60
 
 
