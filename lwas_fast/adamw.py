@@ -58,7 +58,7 @@ class AdamWRule(Rule):
         beta1, beta2 = group["betas"]
         second = [state["exp_avg_sq"] for state in states]
         changed = moving.to_change(second)
-        torch._foreach_mul_(changed, each(beta2, changed))
+        torch._foreach_mul_(changed, beta2)
         torch._foreach_addcmul_(changed, moving.gradients, moving.gradients, value=1 - beta2)
         moving.settle(second, changed, second)
         scales = bias_correction(moving.steps, beta2) ** 0.5

@@ -5,40 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from operator import is_
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lwas_fast.selection import HALF, Selection, state_dtype
 from lwas_fast.table import Column
 
 Groups: TypeAlias = "Sequence[dict[str, Any]]"
 Grouping: TypeAlias = "Callable[[str], str] | Mapping[str, str] | nn.Module | None"
 
-# A layer's weights may start at zero (biases, the last layer of a residual branch): relative to its own norm it
-# could never move. Its root mean square counts as this much at least (in the manner of Adafactor's epsilon_2).
-RMS_FLOOR = 1e-2
-
-# A norm takes torch over a microsecond, however short the tensor. Up to FEW elements each on average it is cheaper to
-# string tensors together, so many that they stay in the cache.
-FEW, BLOCK = 2**12, 2**16
-
-
-HALF = (torch.bfloat16, torch.float16)
 FUSED_DTYPES = (torch.float32, *HALF)  # of parameters that compiled code and Triton take
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's state and arithmetic: float32 for half precision, else its own."""
-    return torch.float32 if param.dtype in HALF else param.dtype
-
-
-def squared_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The squared Euclidean norms (N,) of some tensors."""
-    return torch.stack(torch._foreach_norm(list(tensors))).to(dtype).square()
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -116,82 +95,6 @@ def layer_names(params: Sequence[Tensor], names: Sequence[str] | None, rule: Gro
         if not isinstance(layer, str):
             raise TypeError(f"layers= gave {layer!r} for parameter {name!r}; a layer's name must be a string")
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """The tensors of a bucket that take part in one pass, and how their numbers add up to layers.
-
-    Attributes:
-        indices: Positions in the bucket, in order.
-        params: The tensors.
-        rows: Which rows of the bucket's table the S layers are: a slice or a LongTensor.
-        layer: For each tensor, its layer's position among the S; does not decrease.
-        index: LongTensor (S, most tensors a layer has), padded with len(params).
-        owner: LongTensor (N,), `layer` on the device.
-        places: Which of the bucket's `steps` are the tensors': a slice or a LongTensor.
-        elements: (S,) int64, elements of each layer.
-        where: LongTensor (N, 2) on the CPU: each tensor's row in the bucket's table, and its position in the bucket.
-        dtype: The table's.
-    """
-
-    indices: tuple[int, ...]
-    params: list[Tensor]
-    rows: Any
-    layer: list[int]
-    index: Tensor
-    owner: Tensor
-    places: Any
-    elements: Tensor
-    where: Tensor
-    dtype: torch.dtype
-
-    @cached_property
-    def floor(self) -> Tensor:
-        """(S,), the least norm a layer's weights count with (see RMS_FLOOR)."""
-        return RMS_FLOOR * self.elements.to(self.dtype).sqrt()
-
-    @cached_property
-    def blocks(self) -> list[slice]:
-        """The tensors in parts of about `BLOCK` elements, which stay in a CPU's cache; elsewhere one part."""
-        ends = np.cumsum([param.numel() for param in self.params])
-        cuts = (np.flatnonzero(np.diff(ends // BLOCK)) + 1).tolist() if self.params[0].is_cpu else []
-        return [slice(i, j) for i, j in pairwise([0, *cuts, len(ends)])]
-
-    @cached_property
-    def _starts(self) -> list[tuple[Any, Any]]:
-        """Of each block, which tensors are not empty, and where these start; none if long or not on a CPU."""
-        sizes = np.array([param.numel() for param in self.params])
-        if not self.params[0].is_cpu or not 0 < sizes.sum() <= FEW * (sizes > 0).sum():
-            return []
-        full = [at.start + np.flatnonzero(sizes[at]) for at in self.blocks]
-        starts = sizes.cumsum() - sizes
-        return [(which, starts[which] - starts[at.start]) for at, which in zip(self.blocks, full, strict=True)]
-
-    def squared_norms(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The squared norms (N,) of tensors shaped like the parameters, in the table's dtype."""
-        if not self._starts:
-            return squared_norms(tensors, self.dtype)
-        found = np.zeros(len(tensors))
-        for at, (full, starts) in zip(self.blocks, self._starts, strict=True):
-            flat: Tensor = torch._utils._flatten_dense_tensors(tensors[at])  # type: ignore[no-untyped-call]
-            found[full] = np.add.reduceat(flat.square().numpy(), starts)
-        return torch.from_numpy(found).to(self.dtype)
-
-    def per_layer(self, values: Tensor) -> Tensor:
-        """Sum numbers of tensors (N, ...) to numbers of layers (S, ...), always in the same order."""
-        if len(self.index) == len(self.params):  # each is a layer
-            return values
-        return torch.cat([values, torch.zeros_like(values[:1])])[self.index].sum(1)
-
-    def of_tensors(self, values: Tensor) -> Tensor:
-        """The numbers (N,) of the tensors' layers: (S,) -> (N,)."""
-        return values if len(values) == len(self.params) else values[self.owner]
-
-    def per_tensor(self, values: Tensor) -> list[Tensor]:
-        """Hand each tensor its layer's number, in the dtype of its state: (S,) -> N tensors without dimension."""
-        numbers = values.unbind()
-        return [numbers[i].to(state_dtype(param)) for i, param in zip(self.layer, self.params, strict=True)]
 
 
 @dataclass

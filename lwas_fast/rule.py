@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import Bucket, Selection
+from lwas_fast.layers import Bucket
+from lwas_fast.selection import Selection
 
 
 class Scaling(NamedTuple):
@@ -124,7 +125,7 @@ def _squares_if_all_finite(selection: Selection, gradients: list[Tensor], found_
 def each(values: Tensor | float, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Split the numbers of N tensors (N,), or repeat one, into N tensors without dimension, in the others' dtypes.
 
-    `torch._foreach_` takes these faster than a list of Python's numbers.
+    `torch._foreach_` takes these faster than a list of Python's numbers. One number for all is for tensors on a CPU.
     """
     dtypes = {t.dtype for t in tensors}
     if isinstance(values, Tensor):
@@ -134,6 +135,14 @@ def each(values: Tensor | float, tensors: Sequence[Tensor]) -> list[Tensor]:
     if len(numbers) == 1:
         return list(numbers[dtypes.pop()])
     return [numbers[t.dtype][i] for i, t in enumerate(tensors)]
+
+
+def add_times(tensors: list[Tensor], others: list[Tensor], factors: Tensor | float) -> None:
+    """Add others times one number for each (N,), or for all, to tensors, in place."""
+    if isinstance(factors, Tensor):
+        torch._foreach_addcmul_(tensors, others, each(factors, tensors))
+    else:
+        torch._foreach_add_(tensors, others, alpha=factors)
 
 
 @overload

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import Groups, parameter_name, state_dtype
+from lwas_fast.layers import Groups, parameter_name
 from lwas_fast.options import RANGES, REMOVED
 from lwas_fast.rule import Rule
+from lwas_fast.selection import state_dtype
 from lwas_fast.table import Column
 
 VERSION = 2

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import squared_norms
 from lwas_fast.measure.buffers import buffers_kept
 from lwas_fast.measure.probes import Probe, Products, passes
+from lwas_fast.selection import squared_norms
 
 # Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
 # balances rounding (weights and gradients keep that many digits) against the third derivative.

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import Bucket, Layout, Selection, state_dtype
+from lwas_fast.layers import Bucket, Layout
 from lwas_fast.rule import Here, Rule
+from lwas_fast.selection import Selection, state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

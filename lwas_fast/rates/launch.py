@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import FUSED_DTYPES, Bucket, Layout, Selection, upload
+from lwas_fast.layers import FUSED_DTYPES, Bucket, Layout, upload
 from lwas_fast.measure import Probe, Products, Vectors
 from lwas_fast.options import wants_plain
 from lwas_fast.rates.when import memory
+from lwas_fast.selection import Selection
 from lwas_fast.table import Column, Sums
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what layer_rates.Tensors.KIND says

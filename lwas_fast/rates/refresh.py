@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import Bucket, Groups, Selection
+from lwas_fast.layers import Bucket, Groups
 from lwas_fast.measure import Measurement
 from lwas_fast.parallel import ddp
 from lwas_fast.profiling import span
 from lwas_fast.rates import launch
 from lwas_fast.rates.closed_form import layer_sums, refresh
 from lwas_fast.rates.when import schedule
+from lwas_fast.selection import Selection
 
 
 class Measured(NamedTuple):

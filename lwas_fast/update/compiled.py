@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import RMS_FLOOR
 from lwas_fast.rule import Part, Rule, Scaling
+from lwas_fast.selection import RMS_FLOOR
 from lwas_fast.update.control import SLACK, control
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import HALF, state_dtype
-from lwas_fast.rule import Moving, Part, Rule, Scaling, each
+from lwas_fast.rule import Moving, Part, Rule, Scaling, add_times, each
+from lwas_fast.selection import HALF, state_dtype
 from lwas_fast.table import Column
 from lwas_fast.update.control import control, stepped
 
@@ -48,10 +48,11 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     else:
         bucket.table[selection.rows] = table
     applied = selection.of_tensors(table[:, Column.APPLIED])
-    decay = group["weight_decay"] if rule.decoupled else 0.0
+    decay: float = group["weight_decay"] if rule.decoupled else 0.0
+    factors = moving.factors
     if decay != 0:
-        torch._foreach_addcmul_(directions, weights, each(-decay / moving.factors, weights))
-    rates = each(applied * moving.factors, weights)
+        add_times(directions, weights, -decay / factors)
+    rates = each(applied * factors, weights)
     if group["schedule_free"]:
         _move_averaged(part, moving, directions, rates, rule.share(group))
         return
@@ -69,13 +70,13 @@ def _move_averaged(part: Part, moving: Moving, directions: list[Tensor], rates: 
     shares = 1 / moving.steps  # of the new iterate in the new average
     offsets = [state["offset"] for state in part.states]
     ahead, moved = moving.to_change(offsets), moving.to_change(weights)
-    pulls, rests = each(beta * shares, weights), each(1 - shares, weights)
+    pulls, rests = beta * shares, each(1 - shares, weights)
     for at in part.selection.blocks:
         # First the iterate minus the average before it; then it takes the weights along, which make 1 - beta of the
         # move besides. In increments, so that where nothing moves the weights stay to the last bit.
         torch._foreach_addcmul_(ahead[at], directions[at], rates[at])
         torch._foreach_addcmul_(moved[at], directions[at], rates[at], value=1 - beta)
-        torch._foreach_addcmul_(moved[at], ahead[at], pulls[at])
+        add_times(moved[at], ahead[at], pulls[at] if isinstance(pulls, Tensor) else pulls)
         torch._foreach_mul_(ahead[at], rests[at])
     moving.settle(params, moved, weights)
     if params is not weights:
