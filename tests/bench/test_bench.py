@@ -48,7 +48,7 @@ class Benchmarks:
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Benchmarks:
     """A few of each file, in one run."""
-    update = "(test_update and 1000 and SGD and fused and float32 and whole)"
+    update = "(test_update and 1000 and SGD and default and float32 and whole)"
     plain = "(test_plain and 1000 and SGD and momentum)"
     choice = f"{update} or {plain} or (test_rates and 1000) or (test_step and MLP and AdamW)"
     return Benchmarks(tmp_path_factory.mktemp("bench"), choice)
