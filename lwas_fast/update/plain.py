@@ -16,6 +16,7 @@ from lwas_fast.table import Column
 from lwas_fast.update.control import control, stepped
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads numbers on a CPU, which a trace cannot
 def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     """Take one step with some of a bucket's tensors; states and statistics are brought up to date."""
     bucket, selection, group, states, gradients = part
