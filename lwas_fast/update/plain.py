@@ -18,6 +18,13 @@ from lwas_fast.update.control import control, stepped
 
 def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     """Take one step with some of a bucket's tensors; states and statistics are brought up to date."""
+    if torch.compiler.is_compiling():  # on a CPU numbers are read, which a trace cannot
+        torch.compiler.disable(_step)(rule, part, scaling)  # type: ignore[no-untyped-call]
+    else:
+        _step(rule, part, scaling)
+
+
+def _step(rule: Rule, part: Part, scaling: Scaling) -> None:
     bucket, selection, group, states, gradients = part
     weights = selection.params
     # Asked first, for `to` costs a microsecond also where it does nothing.

@@ -85,6 +85,20 @@ def test_a_state_that_somebody_replaces_is_the_one_that_steps(kind, options):
     assert [opt.state[p]["step"].item() for p in params] == [1, 1]
 
 
+@EACH
+@pytest.mark.parametrize("options", [{}, {"foreach": True}])
+def test_under_torch_compile(kind, options):
+    found = []
+    for compile in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
+        torch.manual_seed(0)
+        params = with_gradients([(3,), (FEW + 1,)])
+        step = compile(OPTIMIZERS[kind](params, **options, **FIXED).step)
+        for _ in range(3):
+            step()
+        found.append(params)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @MODES
 def test_gradients_stay_as_they_are(schedule_free):
     (p,) = with_gradients([(5,)])
