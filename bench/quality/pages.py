@@ -73,6 +73,7 @@ def tables(found: Found, results: Path) -> dict[str, Callable[[], list[str]]]:
         "costs": lambda: costs.short(results / "step-cpu.json"),
         "step": lambda: costs.steps(results / "step-cpu.json"),
         "update": lambda: costs.updates(results / "update-cpu.json"),
+        "plain": lambda: costs.updates(results / "plain-cpu.json"),
         "step gpu": lambda: costs.steps(results / "step-h200.json"),
         "update gpu": lambda: costs.updates(results / "update-h200.json"),
         "tasks": lambda: sizes(found, MAIN),
