@@ -271,10 +271,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
         info["float16_on_cpu"] = false;
 #endif
-        info["columns"] = std::map<std::string, int>{{"AVERAGE", lwas::kAverage}, {"WEIGHT", lwas::kWeight},
-                                                     {"APPLIED", lwas::kApplied}, {"CAPPED", lwas::kCapped},
-                                                     {"SKIPPED", lwas::kSkipped}, {"LENGTH", lwas::kLength},
-                                                     {"SIZE", lwas::kSize},       {"count", lwas::kColumns}};
+        info["columns"] = std::map<std::string, int>{
+            {"AVERAGE", lwas::kAverage}, {"WEIGHT", lwas::kWeight},     {"APPLIED", lwas::kApplied},
+            {"CAPPED", lwas::kCapped},   {"SKIPPED", lwas::kSkipped},   {"LENGTH", lwas::kLength},
+            {"SIZE", lwas::kSize},       {"ELEMENTS", lwas::kElements}, {"count", lwas::kColumns}};
         return info;
       },
       "The torch it was built for, the CUDA architectures or None, the compiler, and the table's columns.");

@@ -210,7 +210,7 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
   for (int i = 0; i < tensors; ++i) {
     const float* row = call.table + int64_t(call.slots[i].row) * kColumns;
     Layer& layer = layers[layer_of[i]];
-    layer.foreseen = foreseen_rate(control, row);
+    layer.foreseen = foreseen_rate(control, row, layer.elements);
     layer.waits =
         with_rule(call.rule, [&](auto r) { return waits<decltype(r)>(call.options, control, layer.foreseen); });
     layer.rate = layer.waits ? 0.0f : layer.foreseen * multiplier_of(control);
@@ -253,7 +253,7 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
       layer.settled =
           settle(control, row, layer.foreseen, layer.waits, layer.held, t.length, t.size, t.skipped, layer.elements);
       differs |= layer.settled.differs();
-      record(layer.settled, t.skipped, row);
+      record(layer.settled, t.skipped, layer.elements, row);
     }
   }
   for (int i = 0; i < tensors; ++i) call.steps[call.slots[i].place] += layers[layer_of[i]].settled.moves ? 1.0f : 0.0f;

@@ -65,14 +65,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (threadIdx.x == 0) {  // double arithmetic, once
     const float* row = s.table + int64_t(table.row[tensor]) * kColumns;
     const float step = s.steps[table.place[tensor]] + 1;
-    const float foreseen = foreseen_rate(s.control, row);
+    const double elements = double(table.elements[tensor]);
+    const float foreseen = foreseen_rate(s.control, row, elements);
     const bool left_alone = waits<Rule>(s.options, s.control, foreseen);
     bias_shared = bias_of(s.options, step);
     foreseen_shared = foreseen;
     rate_shared = left_alone ? 0.0f : foreseen * multiplier_of(s.control);
     state_shared = left_alone ? -step : step;
     const bool half = Kind(table.kind[tensor] & ~kAligned) != Kind::kFloat32;
-    limit_shared = limit_of(row, double(table.elements[tensor]), half);
+    limit_shared = limit_of(row, elements, half);
   }
   __syncthreads();
   const Bias bias = bias_shared;
@@ -127,10 +128,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       reduce_block(value, shared);
       if (threadIdx.x == 0) {
+        const double elements = double(table.elements[tensor]);
         settled_shared = settle(s.control, statistics, own.foreseen, own.state < 0, value.largest > 0, value.sum[0],
-                                value.sum[1], value.sum[2], double(table.elements[tensor]));
+                                value.sum[1], value.sum[2], elements);
         // One block does the bookkeeping; the columns written here are read by no other.
-        if (table.chunk_base + chunk == layer_begin) record(settled_shared, value.sum[2], statistics);
+        if (table.chunk_base + chunk == layer_begin) record(settled_shared, value.sum[2], elements, statistics);
       }
       __syncthreads();
     }

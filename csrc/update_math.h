@@ -33,7 +33,8 @@ enum Column : int {
   kSkipped = 11,
   kLength = 12,
   kSize = 13,
-  kColumns = 14
+  kElements = 14,
+  kColumns = 15
 };
 
 // Hyperparameters of the direction.
@@ -52,7 +53,7 @@ struct Control {
   float warmup_rate;  // the rate in warm-up, and of layers never measured
   float gain;         // what measured rates are multiplied by
   bool warming;
-  float cap;           // largest ||r d|| / ||W||
+  float cap;           // largest ||r d|| / ||W|| that is aimed at
   float largest_rate;  // largest r, whatever the norms (decoupled decay); may be infinite
   float rms_floor;     // the weights' root mean square counts as this much at least
   float slack;         // a step is corrected when it is longer than this many times the cap
@@ -236,8 +237,8 @@ LWAS_HD float bound_of(const Control& c, float size, float length) {
 }
 
 // A layer's rate by what is known before the pass; infinite where nothing is.
-LWAS_HD float foreseen_rate(const Control& c, const float* row) {
-  if (!(row[kSize] > 0)) return INFINITY;
+LWAS_HD float foreseen_rate(const Control& c, const float* row, double elements) {
+  if (!(row[kSize] > 0) || row[kElements] != float(elements)) return INFINITY;  // never stepped, or other tensors did
   const float rate = rate_of(c, row), bound = bound_of(c, row[kSize], row[kLength]);
   return rate < bound ? rate : bound;
 }
@@ -260,7 +261,7 @@ LWAS_HD float limit_of(const float* row, double elements, bool half) {
 struct Settled {
   float before, rate;  // what its weights were moved by, and what they are to be moved by
   float length, size;
-  bool capped, moves, held;
+  bool known, capped, moves, held;
 
   LWAS_HD bool differs() const { return moves && (held || before != rate); }
 };
@@ -269,6 +270,7 @@ struct Settled {
 LWAS_HD Settled settle(const Control& c, const float* row, float foreseen, bool waited, bool held, double length,
                        double size, double skipped, double elements) {
   Settled s;
+  s.known = foreseen < INFINITY;
   s.held = held && !waited;
   const float floor = c.rms_floor * sqrtf(float(elements));
   s.length = float(sqrt(length));
@@ -284,21 +286,24 @@ LWAS_HD Settled settle(const Control& c, const float* row, float foreseen, bool 
   return s;
 }
 
-// The norm to expect of the next direction: the root mean square over about five steps, in which an outlier counts as
-// twice the average, and a step without any direction not at all.
+// The norm to expect of the next direction: the root mean square over about five steps. An outlier counts as twice the
+// average, and an average of longer directions as four times this one, so that it does not shorten steps for long. A
+// step without a direction, or with one that overflowed, does not count.
 LWAS_HD float expected_length(float before, float now) {
+  if (!(now > 0 && now < INFINITY)) return before;
   if (!(before > 0)) return now;
-  if (!(now > 0)) return before;
-  const float counted = now < 2 * before ? now : 2 * before, ratio = counted / before;
-  return before * sqrtf(0.8f + 0.2f * ratio * ratio);  // no square of a norm, which may overflow
+  const float average = before < 4 * now ? before : 4 * now, counted = now < 2 * average ? now : 2 * average;
+  const float ratio = counted / average;  // no square of a norm, which may overflow
+  return average * sqrtf(0.8f + 0.2f * ratio * ratio);
 }
 
 // Bring a layer's row up to date.
-LWAS_HD void record(const Settled& s, double skipped, float* row) {
+LWAS_HD void record(const Settled& s, double skipped, double elements, float* row) {
   row[kApplied] = s.moves ? s.rate : 0.0f;
   if (s.moves) {
-    row[kLength] = expected_length(row[kLength], s.length);
+    row[kLength] = expected_length(s.known ? row[kLength] : 0.0f, s.length);
     row[kSize] = s.size;
+    row[kElements] = float(elements);
   }
   row[kCapped] += s.moves && s.capped ? 1.0f : 0.0f;
   row[kSkipped] += skipped > 0 ? 1.0f : 0.0f;

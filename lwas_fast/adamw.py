@@ -110,7 +110,7 @@ class AdamWLW(LayerwiseOptimizer):
         eps: Added to the denominator; greater than 0.
         weight_decay: Decoupled decay; it enters the measured curvature too.
         ramp_steps: Steps after warm-up over which measured rates grow linearly from 0 to full.
-        cap: Most that a rate may move a layer (schedule-free: its iterate) in a step, before `lr`, ramp and weight
+        cap: Most that a rate is to move a layer (schedule-free: its iterate) in a step, before `lr`, ramp and weight
             decay, as a share of the norm of its N weights, which counts as 0.01·√N at least. Default 0.2, with momentum
             0.1.
         warmup_rate: The rate in warm-up and of layers never measured.

@@ -131,7 +131,7 @@ class LayerwiseOptimizer(Optimizer):
             directions (root mean square over about five steps) and ``size`` of the weights before the last (Euclidean
             norms). Waits for the device.
         """
-        shown = [column for column in Column if column >= Column.DESCENT]
+        shown = [column for column in Column if Column.DESCENT <= column <= Column.SIZE]
         now = self.rates()
         found: dict[str, dict[str, float]] = {}
         for bucket in self._layout.buckets:

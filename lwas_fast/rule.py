@@ -92,7 +92,7 @@ class Moving:
         self.steps: Tensor | float = counts.to(selection.dtype)
         if counts.is_cpu:
             least, most = (number.item() for number in counts.aminmax())
-            self.steps = least if least == most else self.steps
+            self.steps = least if least == most > 0 else self.steps
 
     def taking_part(self, values: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
         """Of each tensor `values` where the gradient is finite, `others` elsewhere."""

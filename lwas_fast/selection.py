@@ -62,6 +62,11 @@ class Selection:
     dtype: torch.dtype
 
     @cached_property
+    def counts(self) -> Tensor:
+        """(S,) `elements` in the table's dtype."""
+        return self.elements.to(self.dtype)
+
+    @cached_property
     def floor(self) -> Tensor:
         """(S,), the least norm a layer's weights count with (see RMS_FLOOR)."""
         return RMS_FLOOR * self.elements.to(self.dtype).sqrt()
@@ -90,7 +95,8 @@ class Selection:
         found = np.zeros(len(tensors))
         for at, (full, starts) in zip(self.blocks, self._starts, strict=True):
             flat: Tensor = torch._utils._flatten_dense_tensors(tensors[at])  # type: ignore[no-untyped-call]
-            found[full] = np.add.reduceat(flat.square().numpy(), starts)
+            with np.errstate(over="ignore"):  # as in torch, an infinite norm is no cause to warn
+                found[full] = np.add.reduceat(flat.square().numpy(), starts)
         return torch.from_numpy(found).to(self.dtype)
 
     def per_layer(self, values: Tensor) -> Tensor:

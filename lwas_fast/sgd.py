@@ -83,8 +83,8 @@ class SGDLW(LayerwiseOptimizer):
             average), in [0, 1).
         weight_decay: L2 coefficient; it enters the measured curvature too.
         ramp_steps: Steps after warm-up over which measured rates grow linearly from 0 to full.
-        cap: Most that a rate may move a layer (schedule-free: its iterate) in a step, before `lr` and ramp, as a share
-            of the norm of its N weights, which counts as 0.01·√N at least. Default 0.15, with momentum 0.03.
+        cap: Most that a rate is to move a layer (schedule-free: its iterate) in a step, before `lr` and ramp, as a
+            share of the norm of its N weights, which counts as 0.01·√N at least. Default 0.15, with momentum 0.03.
         warmup_rate: The rate in warm-up and of layers never measured.
         schedule_free: Whether to train schedule-free, or with momentum.
         **common: See `LayerwiseOptimizer`.

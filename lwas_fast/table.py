@@ -24,6 +24,7 @@ class Column(IntEnum):
     SKIPPED = 11  # steps in which elements were left alone because their gradient was not finite
     LENGTH = 12  # norm of the direction, root mean square over about five steps
     SIZE = 13  # norm of the weights before the last step, not below its floor
+    ELEMENTS = 14  # of the tensors that took the last step: LENGTH and SIZE are theirs
 
 
 COUNTERS = tuple(c for c in Column if Column.REFRESHES <= c <= Column.SKIPPED)

@@ -22,7 +22,7 @@ Every step, with the gradient as it then stands (clipped, accumulated):
 
     v ← v⁺                      a = cap · max(‖W‖, 0.01√N)/‖d‖    (AdamW, γ > 0: at most cap/γ)
     s = min(G rate, b), b being a of the step before with ℓ for ‖d‖, but a in the first; s ← a if s > 1.25a
-    ℓ² ← .8 ℓ² + .2 min(‖d‖, 2ℓ)²   (ℓ ← ‖d‖ in the first)
+    ℓ ← min(ℓ, 4‖d‖), then ℓ² ← .8 ℓ² + .2 min(‖d‖, 2ℓ)²; in the first ℓ ← ‖d‖
     r = s · lr · min(1, (k − warmup_steps + 1)/ramp_steps)             (warm-up: warmup_rate for G rate, no ramp)
 
     schedule-free (Defazio et al., arXiv 2405.15682; Z = X = W at the start):    d = −Dg
@@ -237,8 +237,9 @@ class Reference:
 
         expected = self.length[i]
         step, bound = min(rate, largest(self.size[i], expected)), largest(size, length)
-        if length > 0:
-            self.length[i] = math.hypot(0.8**0.5 * expected, 0.2**0.5 * min(length, 2 * expected)) or length
+        if 0 < length < math.inf:
+            average = min(expected, 4 * length)
+            self.length[i] = math.hypot(0.8**0.5 * average, 0.2**0.5 * min(length, 2 * average)) or length
         known, self.size[i] = self.size[i] > 0, size
         return step if known and step <= 1.25 * bound else min(rate, bound)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lwas_fast.rule import Rule
+from lwas_fast.selection import RMS_FLOOR
 from lwas_fast.table import Column
 
 # A step is bounded by the norms expected before it. When it has been taken the true ones are known, and it is corrected
@@ -25,7 +26,7 @@ class Control(NamedTuple):
         warmup_rate: The rate then, and of layers never measured.
         gain: What measured rates are multiplied by before the cap.
         ramp: Share of the measured rate that is applied.
-        cap: Largest share of its norm by which a layer may move.
+        cap: Share of its norm by which a layer is to move at most; `SLACK` times that before it is corrected.
         largest_rate: Largest rate, whatever the norms: with decoupled decay, decaying by more than `cap` is a runaway
             as well. Infinite where there is no such decay.
     """
@@ -63,7 +64,7 @@ def control(rule: Rule, group: dict[str, Any]) -> Control:
 def stepped(
     table: Tensor,
     sizes: Tensor,
-    floor: Tensor,
+    elements: Tensor,
     lengths: Tensor,
     moves: Tensor | bool,
     skips: Tensor | bool,
@@ -75,7 +76,7 @@ def stepped(
     Args:
         table: (L, len(Column)) statistics.
         sizes: (L,) squared norm of the layer's weights.
-        floor: (L,) least norm that these count with.
+        elements: (L,) how many these are, in the table's dtype.
         lengths: (L,) squared norm of the direction that is applied.
         moves: (L,) bool, whether anything of the layer moves; on a CPU also one for all.
         skips: Likewise, whether elements of it are left alone.
@@ -87,10 +88,10 @@ def stepped(
     """
     new = table.clone()
     if not table.is_cpu:
-        _stepped(torch, lr, control, new, sizes, floor, lengths, moves, skips)
+        _stepped(torch, lr, control, new, sizes, elements, lengths, moves, skips)
         return new
     # numpy takes a third of torch's time for so few numbers, which is what a step of a small model would consist of.
-    numbers: list[Any] = [x.numpy() for x in (new, sizes, floor, lengths)]
+    numbers: list[Any] = [x.numpy() for x in (new, sizes, elements, lengths)]
     numbers += [x.numpy() if isinstance(x, Tensor) else x for x in (moves, skips)]
     with np.errstate(all="ignore"):
         _stepped(np, float(lr), control, *numbers)
@@ -103,13 +104,13 @@ def _stepped(
     control: Control,
     new: Any,
     squared_sizes: Any,
-    floor: Any,
+    elements: Any,
     squared_lengths: Any,
     moves: Any,
     skips: Any,
 ) -> None:
     """Bring a table up to date in place, in torch or in numpy."""
-    lengths, sizes = xp.sqrt(squared_lengths), xp.maximum(xp.sqrt(squared_sizes), floor)
+    lengths, sizes = xp.sqrt(squared_lengths), xp.maximum(xp.sqrt(squared_sizes), RMS_FLOOR * xp.sqrt(elements))
     weight, expected, size = new[:, Column.WEIGHT], new[:, Column.LENGTH], new[:, Column.SIZE]
     if control.warming:
         rate = xp.full_like(weight, control.warmup_rate)
@@ -117,13 +118,15 @@ def _stepped(
         rate = xp.where(weight > 0, new[:, Column.AVERAGE] / weight * control.gain, control.warmup_rate)
     bound = largest_rate(xp, sizes, lengths, control)
     foreseen = xp.minimum(rate, largest_rate(xp, size, expected, control))
-    foreseen = xp.where(size > 0, foreseen, math.inf)  # where nothing is known yet
+    known = (size > 0) & (new[:, Column.ELEMENTS] == elements)  # the layer has taken a step, with these tensors
+    foreseen = xp.where(known, foreseen, math.inf)
     step = xp.minimum(xp.where(foreseen > SLACK * bound, bound, foreseen), rate)
     new[:, Column.APPLIED] = xp.where(moves, step * (lr * control.ramp), 0.0)
     new[:, Column.CAPPED] += moves & (step < rate)
     new[:, Column.SKIPPED] += skips
-    new[:, Column.LENGTH] = xp.where(moves, expected_lengths(xp, expected, lengths), expected)
+    new[:, Column.LENGTH] = xp.where(moves, expected_lengths(xp, xp.where(known, expected, 0.0), lengths), expected)
     new[:, Column.SIZE] = xp.where(moves, sizes, size)
+    new[:, Column.ELEMENTS] = xp.where(moves, elements, new[:, Column.ELEMENTS])
 
 
 def largest_rate(xp: Any, sizes: Any, lengths: Any, control: Control) -> Any:
@@ -136,9 +139,12 @@ def largest_rate(xp: Any, sizes: Any, lengths: Any, control: Control) -> Any:
 def expected_lengths(xp: Any, before: Any, now: Any) -> Any:
     """Norms to expect of the next directions: the root mean square over about five steps.
 
-    An outlier counts as twice the average, and a step without any direction not at all.
+    An outlier counts as twice the average, and an average of longer directions as four times this one, so that it does
+    not shorten steps for long. A step without a direction, or with one that overflowed, does not count.
     """
-    ratio = now / before
+    average = xp.where(before < 4 * now, before, 4 * now)
+    ratio = now / average
     ratio = xp.where(ratio > 2, 2.0, ratio)
-    averaged = before * xp.sqrt(0.8 + 0.2 * ratio * ratio)
-    return xp.where(before > 0, xp.where(now > 0, averaged, before), now)
+    averaged = average * xp.sqrt(0.8 + 0.2 * ratio * ratio)
+    counts = (now > 0) & (now < math.inf)
+    return xp.where(counts, xp.where(before > 0, averaged, now), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import threading
 from pathlib import Path
@@ -58,7 +59,9 @@ def at_first_use(device: str) -> None:
     with _TRYING:
         if EXTENSION is not None or device in TRIED:
             return
-        for _ in range(2):  # where it cannot be built with CUDA, the second time for the CPU alone
+        for _ in range(
+            3
+        ):  # where it cannot be built with CUDA, again for the CPU alone; where it cannot be loaded, anew
             plan, module = first_use.plan(), None
             if isinstance(plan, str):
                 reason: str | None = plan
@@ -66,12 +69,16 @@ def at_first_use(device: str) -> None:
                 reason = plan.without
             elif (reason := first_use.build(plan)) is None:
                 module, reason = _load(plan.library)
+                if module is None:  # of a machine with another system, say, or cut short
+                    with contextlib.suppress(OSError):
+                        plan.library.unlink()
             if module is not None and isinstance(plan, first_use.Plan):
                 EXTENSION, BUILD, WITHOUT_CUDA = module, module.build_info(), plan.without
                 break
         TRIED[device] = reason or None
-        if isinstance(plan, str) and "LWAS_FAST_BUILD" in plan and plan != first_use.REFUSED and not first_use.FAILED:
-            first_use.say(plan, "Plain torch serves")  # somebody insisted on something
+        insisted = isinstance(plan, str) and "LWAS_FAST_BUILD" in plan and plan != first_use.REFUSED
+        if reason and not first_use.FAILED and (insisted or "cannot be loaded" in reason):
+            first_use.say(reason, "Plain torch serves")
 
 
 def missing(device: str) -> str | None:
@@ -86,7 +93,10 @@ def missing(device: str) -> str | None:
         return f"{MISSING}, and at first use none can be: {TRIED[device]}" if buildable else MISSING
     if device == "cpu" or (device == "cuda" and BUILD["cuda"]):
         return None
-    return f"it was not built for {device}" + (f" ({WITHOUT_CUDA})" if device == "cuda" and WITHOUT_CUDA else "")
+    if device == "cuda":
+        why = WITHOUT_CUDA or "install again with LWAS_FAST_BUILD=cuda and --no-build-isolation, which needs nvcc"
+        return f"it was not built for cuda ({why})"
+    return f"it was not built for {device}"
 
 
 def check_fused(group: dict[str, Any]) -> None:
@@ -97,7 +107,7 @@ def check_fused(group: dict[str, Any]) -> None:
     device = (first[1] if isinstance(first, tuple) else first).device.type
     if (reason := missing(device)) is not None:
         raise RuntimeError(
-            f"fused=True, but this installation of lwas_fast has no compiled update: {reason}. Or leave fused out: "
+            f"fused=True, but this installation of lwas_fast has no compiled update: {reason}. Leave fused out: "
             "the best implementation there is gets picked, and the results are the same."
         )
 

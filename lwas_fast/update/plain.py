@@ -48,8 +48,8 @@ def _step(rule: Rule, part: Part, scaling: Scaling) -> None:
     if isinstance(moving.factors, Tensor) or abs(moving.factors) != 1:
         squares = squares * moving.factors**2
     lengths, sizes = selection.per_layer(squares), selection.per_layer(selection.squared_norms(weights))
-    old, least = bucket.table[selection.rows], selection.floor
-    table = stepped(old, sizes, least, lengths, moving.moves, moving.skips, group["lr"], control(rule, group))
+    old, elements = bucket.table[selection.rows], selection.counts
+    table = stepped(old, sizes, elements, lengths, moving.moves, moving.skips, group["lr"], control(rule, group))
     if scaling.found_inf is not None:
         bucket.table[selection.rows] = torch.where(scaling.found_inf.to(table.device) == 0, table, old)
     else:

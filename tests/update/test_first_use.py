@@ -124,6 +124,22 @@ def test_what_an_earlier_process_built_is_taken_without_a_compiler(compiler, mon
     assert len(compiler.plans) == 1
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_cannot_be_loaded_is_built_anew(compiler, monkeypatch, caplog, again):
+    """By another machine's system in a shared home, or cut short."""
+    first_use.build(first_use.plan())
+    library = first_use.plan().library
+    library.write_text("of another machine")
+
+    def load(path):
+        bad = again or path.read_text() != "built"
+        return (None, f"{path} cannot be loaded (file too short)") if bad else (compiler, "")
+
+    monkeypatch.setattr(extension, "_load", load)
+    assert serves() is not again
+    assert "cannot be loaded" in caplog.text if again else library.read_text() == "built"
+
+
 def test_cache_is_for_this_torch_python_sources_and_flags(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(toolchain, "why_no_compiler", lambda: None)
 

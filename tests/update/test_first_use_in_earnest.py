@@ -63,7 +63,7 @@ def test_interrupted_in_earnest_leaves_no_compiler(tmp_path, elsewhere):
         assert process.poll() is None and time.monotonic() - start < 100
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) != 0
+    assert process.wait(100) != 0
     while any(alive(int(pid)) for pid in pids.read_text().split()):
         assert time.monotonic() - start < 100
         time.sleep(0.1)

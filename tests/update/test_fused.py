@@ -191,6 +191,34 @@ def test_a_runaway_after_quiet_steps_costs_no_weight(kind, dtype, size, device):
 
 
 @EACH
+def test_tensors_of_a_layer_that_step_in_turns_go_by_norms_of_their_own(kind, device):
+    """The norms of the step before are those of other tensors."""
+    pairs = both(kind, [torch.ones(1000, device=device), torch.full((10,), 0.01, device=device)], warmup_rate=10.0)
+    for step in range(6):
+        for params, opt in pairs:
+            params[0].grad = None if step % 2 else torch.ones_like(params[0])
+            params[1].grad = torch.ones_like(params[1])
+            opt.step()
+            (row,) = opt.diagnostics().values()
+            cap = opt.param_groups[0]["cap"]
+            assert row["applied"] * row["length"] == pytest.approx(cap * row["size"], rel=1e-3)
+    compare(pairs)
+
+
+@EACH
+def test_a_norm_that_overflows_holds_nothing_up(kind, device):
+    """Squares that are finite, and whose sum is not; first of all, and later."""
+    pairs = both(kind, [torch.ones(2, device=device)], warmup_rate=1e-3)
+    for size in [1.5e19, 1.0, 1.0, 1.5e19, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]:
+        step_alike(pairs, [torch.full((2,), size, device=device)])
+        compare(pairs)
+    assert (pairs[0][0][0] != 1).all()
+    if not kind.startswith("adamw"):  # whose second moment is still of another size
+        (row,) = pairs[0][1].diagnostics().values()
+        assert row["applied"] > 0
+
+
+@EACH
 def test_not_finite_gradients_leave_their_elements_alone(kind, device):
     params = [torch.randn(n, device=device).requires_grad_() for n in (40, 9, 5)]
     pairs = both(kind, params, weight_decay=0.1)

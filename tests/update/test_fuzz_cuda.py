@@ -42,12 +42,13 @@ FAULTS = {
     "rows of another layer's": ("if (row != table.row[tensor]) {", "if (FAULT ? row < 0 : row != table.row[tensor]) {"),
     "whether a layer waited is asked again": (
         "own.state < 0, value.largest",
-        "FAULT ? waits<Rule>(s.options, s.control, foreseen_rate(s.control, statistics)) : own.state < 0,\n"
+        "FAULT ? waits<Rule>(s.options, s.control, \n"
+        "foreseen_rate(s.control, statistics, elements)) : own.state < 0,"
         "value.largest",
     ),
     "the rate that was foreseen is asked again": (
         "settle(s.control, statistics, own.foreseen,",
-        "settle(s.control, statistics, FAULT ? foreseen_rate(s.control, statistics) : own.foreseen,",
+        "settle(s.control, statistics, FAULT ? foreseen_rate(s.control, statistics, elements) : own.foreseen,",
     ),
     "the limit of a layer's moves is asked again": (
         "settled.before, own.limit, settled",

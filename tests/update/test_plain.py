@@ -163,3 +163,28 @@ def test_norms_of_tensors_strung_together(sizes):
     selection = SGDLW(params)._layout.buckets[0].select(range(len(params)))
     expected = torch.stack([p.double().square().sum() for p in params]).float()
     torch.testing.assert_close(selection.squared_norms(params), expected, rtol=1e-5, atol=0)
+
+
+@EACH
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_first_gradient_without_a_finite_element_is_no_step(kind, schedule_free, dtype):
+    """No layer has taken a step then, and there is nothing to divide by."""
+    p = torch.ones(2, dtype=dtype).requires_grad_()
+    opt = OPTIMIZERS[kind]([p], schedule_free=schedule_free, foreach=True, **FIXED)
+    p.grad = torch.full_like(p, torch.nan)
+    opt.step()
+    assert (p == 1).all()
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert (p < 1).all()
+
+
+@EACH
+@pytest.mark.filterwarnings("error")
+def test_norms_that_overflow_do_not_warn(kind):
+    params = [torch.ones(2).requires_grad_() for _ in range(3)]
+    opt = OPTIMIZERS[kind](params, foreach=True, **FIXED)
+    for p in params:
+        p.grad = torch.full_like(p, 1.5e19)
+    opt.step()

@@ -106,6 +106,8 @@ List::List(Dice& dice, const Borders& borders) : call{} {
     of[kLength] = dice.one_in(4) ? 0 : float(dice.one_in(4) ? 1e-6 : dice.uniform(0, 30));
     of[kSize] = of[kLength] > 0 ? float(dice.uniform(0.1, 30)) : 0;
   }
+  for (const Slot& slot : call.slots) table_[slot.row * kColumns + kElements] += float(slot.size);
+  for (int r = 0; r <= row; ++r) table_[r * kColumns + kElements] += dice.one_in(9) ? 1 : 0;  // other tensors stepped
   call.table = table_.data();
   call.steps = steps_.data();
   draw_gradients(dice, 1);

@@ -28,13 +28,13 @@ Applied apply_cap(const Control& c, const float* row, double length, double size
   };
   // By the norms known before the step, but where nothing was, or where the step would be far longer than the cap.
   const double expected = row[kLength], bound = largest(size, length);
-  const bool known = row[kSize] > 0;
+  const bool known = row[kSize] > 0 && row[kElements] == float(elements);
   const double foreseen = std::min(rate, largest(row[kSize], expected));
   const double taken = known && foreseen <= c.slack * bound ? foreseen : std::min(rate, bound);
-  const double outlier = std::min(length, 2 * expected);
-  const double next = !(expected > 0) ? length
-                      : length > 0    ? std::sqrt(0.8 * expected * expected + 0.2 * outlier * outlier)
-                                      : expected;
+  const double average = std::min(known ? expected : 0, 4 * length), outlier = std::min(length, 2 * average);
+  const double next = !(length > 0)    ? (known ? expected : 0)
+                      : !(average > 0) ? length
+                                       : std::sqrt(0.8 * average * average + 0.2 * outlier * outlier);
   const auto apart = [](double one, double two) { return !(std::fabs(one / two - 1) <= 1e-4); };
   return {known ? foreseen * multiplier : 0,
           row[kSize] / std::sqrt(elements),
@@ -142,6 +142,8 @@ class Layer {
       return wrong("the applied rate", after[kApplied], rate);
     if (!close(after[kLength], length, 1e-4 * length)) return wrong("length", after[kLength], length);
     if (!close(after[kSize], size, 1e-4 * size)) return wrong("size", after[kSize], size);
+    const float elements = moves_ ? float(count_) : before[kElements];
+    if (after[kElements] != elements) return wrong("elements", after[kElements], elements);
     if (after[kSkipped] != before[kSkipped] + skipped)
       return wrong("skipped", after[kSkipped], before[kSkipped] + skipped);
     if (applied_.sure && after[kCapped] != before[kCapped] + capped)
