@@ -57,7 +57,10 @@ def test_interrupted_in_earnest_leaves_no_compiler(tmp_path, elsewhere):
         f'#!/bin/sh\ncase "$*" in *" -c "*) echo $$ >> {tmp_path}/pids; exec sleep 100;; esac\nexec g++ "$@"\n'
     )
     slow.chmod(0o755)
-    process = subprocess.Popen([sys.executable, "-c", FIRST_STEP], env=elsewhere | {"CXX": str(slow)}, cwd=tmp_path)
+    # What runs in the background inherits that it ignores the signal.
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command = [sys.executable, "-c", listens + FIRST_STEP]
+    process = subprocess.Popen(command, env=elsewhere | {"CXX": str(slow)}, cwd=tmp_path)
     pids, start = tmp_path / "pids", time.monotonic()
     while not pids.exists() or not pids.read_text().endswith("\n"):
         assert process.poll() is None and time.monotonic() - start < 100
