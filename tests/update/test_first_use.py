@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import NO_COMPILED_STEP
 
 from lwas_fast import AdamWLW
 from lwas_fast.__main__ import main
@@ -206,6 +207,7 @@ def test_failed_build_says_why_once_and_plain_torch_serves(compiler, caplog):
         AdamWLW([p], fused=True)
 
 
+@NO_COMPILED_STEP
 def test_torch_compile_does_not_trace_the_build(compiler, recwarn):
     compiler.fails[False] = "its build failed"
     p = torch.ones(3).requires_grad_()

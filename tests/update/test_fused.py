@@ -81,7 +81,7 @@ def compare(pairs: list, factor: float = 1.0) -> None:
                 far = (value - two.state[q][name]).abs() > 1e-6 * factor + 1e-5 * value.abs()
                 assert far.sum() <= 1 + 0.05 * far.numel()
                 continue
-            rtol = 1e-5 if p.dtype == torch.float32 else 5e-5  # norms of weights that were rounded to other neighbours
+            rtol = 1e-5 if p.dtype == torch.float32 else 5e-4  # norms of weights that were rounded to other neighbours
             torch.testing.assert_close(
                 value, two.state[q][name], atol=1e-6 * factor, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}"
             )

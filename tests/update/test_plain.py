@@ -11,7 +11,7 @@ import copy
 
 import pytest
 import torch
-from cases import OPTIMIZERS
+from cases import NO_COMPILED_STEP, OPTIMIZERS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lwas_fast import SGDLW, rule
@@ -85,6 +85,7 @@ def test_a_state_that_somebody_replaces_is_the_one_that_steps(kind, options):
     assert [opt.state[p]["step"].item() for p in params] == [1, 1]
 
 
+@NO_COMPILED_STEP
 @EACH
 @pytest.mark.parametrize("options", [{}, {"foreach": True}])
 def test_under_torch_compile(kind, options):
