@@ -69,7 +69,7 @@ class Selection:
     @cached_property
     def floor(self) -> Tensor:
         """(S,), the least norm a layer's weights count with (see RMS_FLOOR)."""
-        return RMS_FLOOR * self.elements.to(self.dtype).sqrt()
+        return RMS_FLOOR * self.counts.sqrt()
 
     @cached_property
     def blocks(self) -> list[slice]:

@@ -59,9 +59,8 @@ def at_first_use(device: str) -> None:
     with _TRYING:
         if EXTENSION is not None or device in TRIED:
             return
-        for _ in range(
-            3
-        ):  # where it cannot be built with CUDA, again for the CPU alone; where it cannot be loaded, anew
+        useless = False
+        for _ in range(3):  # again for the CPU alone where CUDA's part cannot be built; anew where it cannot be loaded
             plan, module = first_use.plan(), None
             if isinstance(plan, str):
                 reason: str | None = plan
@@ -69,7 +68,8 @@ def at_first_use(device: str) -> None:
                 reason = plan.without
             elif (reason := first_use.build(plan)) is None:
                 module, reason = _load(plan.library)
-                if module is None:  # of a machine with another system, say, or cut short
+                useless = module is None  # of a machine with another system, say, or cut short
+                if useless:
                     with contextlib.suppress(OSError):
                         plan.library.unlink()
             if module is not None and isinstance(plan, first_use.Plan):
@@ -77,7 +77,7 @@ def at_first_use(device: str) -> None:
                 break
         TRIED[device] = reason or None
         insisted = isinstance(plan, str) and "LWAS_FAST_BUILD" in plan and plan != first_use.REFUSED
-        if reason and not first_use.FAILED and (insisted or "cannot be loaded" in reason):
+        if reason and not first_use.FAILED and (insisted or useless):
             first_use.say(reason, "Plain torch serves")
 
 

@@ -23,6 +23,12 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 DRIVERS = {"12000": 3, "13000": 4}  # and a seed for each
 SMALL_TABLES = "-DCUDART_VERSION=12000"  # so does an old toolkit, and it compiles half as much
 
+
+def no_barrier(before: str) -> tuple[str, str]:
+    """The barrier in front of these words, and in its stead none."""
+    return f"__syncthreads();{before}", f"if (!FAULT) __syncthreads();{before}"
+
+
 # What is right, and what goes in its stead; FAULT is true in the run that must find it. Of the barriers, only the first
 # of reduce_block is not here: its callers have others, and without it nothing goes wrong today.
 FAULTS = {
@@ -57,26 +63,11 @@ FAULTS = {
     "a chunk is put right twice": ("blockIdx.x / gridDim.x);", "blockIdx.x / gridDim.x) - (FAULT && blockIdx.x > 0);"),
     "a layer's last chunk is left out": ("i < layer_end; i +=", "i < layer_end - FAULT; i +="),
     "the elements of one tensor for the layer's": ("elements +=", "elements = (FAULT ? 0 : elements) +"),
-    "no barrier behind the first pass' scalars": (
-        "__syncthreads();\n  const Bias bias",
-        "if (!FAULT) __syncthreads();\n  const Bias bias",
-    ),
-    "no barrier behind the warps' sums": (
-        "__syncthreads();\n  if (warp == 0)",
-        "if (!FAULT) __syncthreads();\n  if (warp == 0)",
-    ),
-    "no barrier behind what the layer's step is": (
-        "__syncthreads();\n    }\n    const Settled",
-        "if (!FAULT) __syncthreads();\n    }\n    const Settled",
-    ),
-    "no barrier behind the second pass' bias": (
-        "__syncthreads();\n    const Bias bias",
-        "if (!FAULT) __syncthreads();\n    const Bias bias",
-    ),
-    "no barrier behind a chunk that was put right": (
-        "__syncthreads();  // before bias_shared",
-        "if (!FAULT) __syncthreads();  // before bias_shared",
-    ),
+    "no barrier behind the first pass' scalars": no_barrier("\n  const Bias bias"),
+    "no barrier behind the warps' sums": no_barrier("\n  if (warp == 0)"),
+    "no barrier behind what the layer's step is": no_barrier("\n    }\n    const Settled"),
+    "no barrier behind the second pass' bias": no_barrier("\n    const Bias bias"),
+    "no barrier behind a chunk that was put right": no_barrier("  // before bias_shared"),
     "a barrier that one warp does not reach": (
         "__syncthreads();\n  const Bias bias",
         "if (!FAULT || threadIdx.x >= 32) __syncthreads();\n  const Bias bias",
