@@ -41,7 +41,7 @@ def by_foreach(probe: Probe, products: Products, group: dict) -> torch.Tensor:
         torch.stack([t.sum() for t in torch._foreach_mul(products.tensors, directions)]),
         torch.stack(torch._foreach_norm(directions)).square(),
     ]
-    return refresh(probe.rows, torch.stack(columns, 1), group)
+    return refresh(probe, torch.stack(columns, 1), group)
 
 
 @pytest.mark.parametrize("measure", MEASURES)

@@ -255,7 +255,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [] {
         pybind11::dict info;
         info["torch"] = TORCH_VERSION;
-        info["interface"] = 4;  // lwas_fast.update.toolchain.INTERFACE
+        info["interface"] = 5;  // lwas_fast.update.toolchain.INTERFACE
 #ifdef LWAS_CUDA
         info["cuda"] = LWAS_CUDA;  // the architectures that were asked for
 #else

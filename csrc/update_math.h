@@ -34,7 +34,7 @@ enum Column : int {
   kLength = 12,
   kSize = 13,
   kElements = 14,
-  kColumns = 15
+  kColumns = 16
 };
 
 // Hyperparameters of the direction.

@@ -34,6 +34,7 @@ class AdamWRule(Rule):
     buffers_schedule_free = ("offset", "exp_avg_sq")
     cap_schedule_free, cap_with_momentum = 0.2, 0.1
     decoupled = True
+    max_fall = 10.0  # one measurement at a flat start is forgotten after a few, not after hundreds of steps
     operator = "adamw_step"
 
     @override

@@ -63,6 +63,8 @@ class LayerwiseOptimizer(Optimizer):
     def _reset(self) -> None:
         self._forget_layout()
         self._warned = False
+        self._warned_of_layers = False
+        self._outcome: rates.Outcome | None = None
         self._loading: dict[str, Any] | None = None
         self._close_window()
 
@@ -107,7 +109,12 @@ class LayerwiseOptimizer(Optimizer):
 
     @property
     def curvature_due(self) -> bool:
-        """Whether the next `backward` or `step(closure)` measures the curvature."""
+        """Whether the next `backward` or `step(closure)` measures the curvature.
+
+        In the step after a measurement this waits until the device has made it: if a layer's could not be used, all are
+        measured again at once, up to three times in a row.
+        """
+        self._hear_outcome()
         return any(map(rates.is_due, self.param_groups))
 
     def rates(self) -> dict[str, float]:
@@ -236,7 +243,8 @@ class LayerwiseOptimizer(Optimizer):
             self._warn_if_overdue()
         else:
             measured, self._measured = self._measured, None  # once, even if the update fails
-            rates.take_in(measured, self.param_groups)
+            self._hear_outcome()  # where nobody asked since
+            self._outcome = rates.take_in(measured, self.param_groups)
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         update.run(self._layout, self.rule, parts, scaling)
         self._close_window()
@@ -250,6 +258,18 @@ class LayerwiseOptimizer(Optimizer):
             self._measured = rates.refreshed(found, self.param_groups, self._plans)
         return value
 
+    def _hear_outcome(self) -> None:
+        outcome, self._outcome = self._outcome, None
+        layers = outcome.tell(self.param_groups) if outcome is not None else []
+        if layers and not self._warned_of_layers:
+            self._warned_of_layers = True
+            warnings.warn(
+                f"{type(self).__name__} could not use three measurements in a row of {len(layers)} layer(s), the first "
+                f"of them {layers[0]!r}: the gradient was 0, or the curvature 0 or not finite. Such a layer keeps its "
+                "step size until a measurement can be used; opt.diagnostics() counts no_descent and nonfinite.",
+                stacklevel=3,
+            )
+
     def _warn_if_overdue(self) -> None:
         if self._warned or not (late := max(map(rates.overdue, self.param_groups), default=0)):
             return
@@ -261,8 +281,14 @@ class LayerwiseOptimizer(Optimizer):
             stacklevel=3,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; what is due next stands in the groups, so a measurement on its way is waited for."""
+        self._hear_outcome()
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep; a ``layers=`` rule has done its work and may not be picklable."""
+        self._hear_outcome()
         return {**super().__getstate__(), "_how": self._how, "_layer_rule": None}
 
     def __setstate__(self, values: dict[str, Any]) -> None:

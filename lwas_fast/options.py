@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
 # What the method has one value for.
-SELF_CONCORDANCE = 2.0  # M of the closed form
-MAX_GROWTH = 10.0  # most that a measured rate may exceed the present one, as a factor
+SELF_CONCORDANCE = 0.3  # M of the closed form, times the layer's root mean square of rho/delta
+MAX_GROWTH = 100.0  # most that a measured rate may exceed the present one, as a factor
 
 ESTIMATORS = ("signs", "blocks")
 HVP_MODES = ("autograd", "finite_difference")
@@ -40,15 +40,15 @@ DEFAULTS: Common = {
 # One pass measures every group, so these cannot differ between groups.
 WHOLE = ("curvature", "hvp", "seed")
 
-# Options of earlier versions -> (the value that the method has now, what to say to those who pass one).
+# Options of earlier versions -> (the default that each had at last, what to say to those who pass one).
 REMOVED: dict[str, tuple[Any, str]] = {
     "noise_exponent": (0.0, "rates are no longer scaled by the share of signal in the gradient"),
     "probe": ("gradient", "curvature is always measured along the direction that the gradient alone gives"),
-    "self_concordance": (SELF_CONCORDANCE, f"the closed form has M = {SELF_CONCORDANCE:g}"),
+    "self_concordance": (2.0, "M of the closed form is measured, so that the scale of the loss does not matter"),
     "negative_curvature": ("abs", "the size of negative curvature is taken"),
     "damping": (0.0, "nothing is added to the curvature but weight decay"),
     "rate_horizon": (None, "rates are averaged over 100 steps, and at least 5 measurements"),
-    "max_growth": (MAX_GROWTH, f"a measured rate counts with at most {MAX_GROWTH:g} times the present one"),
+    "max_growth": (10.0, f"a measured rate counts with at most {MAX_GROWTH:g} times the present one"),
 }
 
 

@@ -1,8 +1,9 @@
 """Saved states: labelled with a version, statistics by name, checked against the optimizer before anything changes.
 
 A group carries ``state_version`` and ``state_columns``, the names of the numbers in each layer's row. So rows may get
-other numbers, in another order, and old states still load: what a state lacks starts at 0, what it has too many is
-dropped. torch would cast every tensor to its parameter's dtype; `fit` keeps float32 state of half-precision parameters.
+other numbers, in another order, and old states still load: what a state lacks starts at 0 or as the last measurement has it,
+what it has too many is dropped. torch would cast every tensor to its parameter's dtype; `fit` keeps float32 state of
+half-precision parameters.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def upgrade(groups: Groups, state: Mapping[Tensor, dict[str, Any]], defaults: di
         group.setdefault("schedule_free", False)  # of a version that knew nothing else
         for name in RANGES.keys() & defaults.keys():  # torch's __setstate__ adds defaults of its own
             group.setdefault(name, defaults[name])
-        for name, value in (("last_refresh", None), ("train_mode", True), ("share", None)):
+        for name, value in (("last_refresh", None), ("failures", 0), ("train_mode", True), ("share", None)):
             group.setdefault(name, value)
 
 
@@ -121,4 +122,7 @@ def _renamed(row: Tensor, columns: list[str]) -> Tensor:
     new = torch.zeros(len(COLUMNS), dtype=row.dtype, device=row.device)
     there = [name for name in COLUMNS if name in columns]
     new[[COLUMNS.index(name) for name in there]] = row[[columns.index(name) for name in there]]
+    if "decrement" not in columns and new[Column.WEIGHT] > 0:  # the last measurement stands for the average
+        found = new[Column.WEIGHT] * new[Column.DESCENT].square() / new[Column.CURVATURE].abs()
+        new[Column.DECREMENT] = found.nan_to_num(0.0, 0.0)
     return new

@@ -13,7 +13,7 @@ class Column(IntEnum):
     AVERAGE = 0  # moving average of the closed form's step size, before bias correction
     WEIGHT = 1  # its weights' sum: 1 - beta**measurements; 0 means never measured
     DESCENT = 2  # rho of the last measurement
-    CURVATURE = 3  # delta**2 of the last measurement, as sampled: before abs and weight decay
+    CURVATURE = 3  # delta**2 of the last measurement, as sampled: before abs and L2
     APPLIED = 4  # what multiplied the direction in the last step
     REFRESHES = 5  # measurements that were taken into the rate
     NEGATIVE = 6  # measurements that met negative curvature
@@ -25,6 +25,7 @@ class Column(IntEnum):
     LENGTH = 12  # norm of the direction, root mean square over about five steps
     SIZE = 13  # norm of the weights before the last step, not below its floor
     ELEMENTS = 14  # of the tensors that took the last step: LENGTH and SIZE are theirs
+    DECREMENT = 15  # moving average of rho**2 / delta**2, before bias correction: its weights' sum is WEIGHT
 
 
 COUNTERS = tuple(c for c in Column if Column.REFRESHES <= c <= Column.SKIPPED)

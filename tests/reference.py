@@ -4,7 +4,7 @@ After Bahamou & Goldfarb, arXiv 2305.13664 (its published summary). Of a layer �
 gradient, m, v moments, H_λλ block of the Hessian, n updates with this one; k steps before; γ weight decay. β₁ is SGD's
 momentum.
 
-    ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ + γ‖d‖²    t = ρ / (δ (δ + (M/2) ρ)),  M = 2
+    ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ (+ γ‖d‖², SGD)    t = ρ / (δ (δ + (M/2) ρ)),  M = 0.3/Λ
     F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d
 
 Refresh at k = warmup_steps and then every T steps, T = update_every or, without one, (k − warmup_steps)/10 rounded
@@ -12,10 +12,12 @@ down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← 
 
     v⁺ = β₂v + (1−β₂)g²    v̂ = v⁺/(1−β₂ⁿ)     D = 1/(√v̂ + ε)
     d  = −Dg
-    c  = z_λ⟨d_λ, (Hv)_λ⟩, v = (z_μ d_μ)_μ (signs), or ⟨d_λ, H_λλ d_λ⟩ (blocks)
-    ρ  = −⟨g, d⟩           q = ‖d‖²           δ² = |c| + γq
+    c  = z_λ⟨d_λ, (Hv)_λ⟩/s_λ, v = (z_μ s_μ d_μ)_μ (signs), or ⟨d_λ, H_λλ d_λ⟩ (blocks)
+    s  = 1, but h/√|c| rounded down to a power of two where √|c| > 20h; c here of the last refresh, h median of √|c|
+    ρ  = −⟨g, d⟩           q = ‖d‖²           δ² = |c| (AdamW), |c| + γq (SGD)
     β  = exp(−T/rate_horizon), 0 for a horizon of 0; it is max(100, 5T), T the steps since the last refresh
-    t ← min(t, max_growth · rate), max_growth = 10
+    Λ² = mean of (ρ/δ)² over refreshes, this one too: (βD + (1−β)(ρ/δ)²)/(βw + (1−β)), D kept as E is
+    t ← min(t, max_growth · rate), max_growth = 100, then E ← min(E, 10tw) (AdamW)
     E ← βE + (1−β)t        w ← βw + (1−β)     rate = E/w      (E, w start at 0, rate at warmup_rate)
 
 Every step, with the gradient as it then stands (clipped, accumulated):
@@ -35,7 +37,7 @@ Every step, with the gradient as it then stands (clipped, accumulated):
 
 NaN, Inf and ρ ≤ 0 leave a layer's statistics alone. An element whose squared gradient is not
 finite is left alone and no part of ‖d‖; n counts updates that leave any element alive. From the summary: ρ, δ²,
-t, its bound, T, γ, warm-up, EMA. Ours: all else, from probes to guards, and G.
+t, its bound, T, γ, warm-up, EMA. Ours: all else, from probes to guards, M and G.
 """
 
 import dataclasses
@@ -103,8 +105,8 @@ class Hyper:
     maximize: bool = False
     # Constants of the package; the tests of the theory vary them.
     rate_horizon: float | None = None
-    max_growth: float = 10.0
-    self_concordance: float = 2.0
+    max_growth: float = 100.0
+    self_concordance: float | None = None  # M; None: 0.3/Λ
 
 
 class Reference:
@@ -123,6 +125,7 @@ class Reference:
     """
 
     adam: ClassVar[bool]  # which of two formulas of the docstring above holds
+    max_fall: ClassVar[float]  # of a rate to a measured one
     defaults: ClassVar[Hyper]
 
     def __init__(self, W: Sequence[Tensor], **hyper: Any) -> None:
@@ -131,7 +134,7 @@ class Reference:
         self.Z, self.X = list(self.W), list(self.W)
         self.share = math.nan  # of X in W
         self.m, self.v = ([torch.zeros_like(w) for w in self.W] for _ in range(2))
-        self.E, self.w, self.applied, self.size, self.length = ([0.0] * len(W) for _ in range(5))
+        self.E, self.w, self.D, self.applied, self.size, self.length = ([0.0] * len(W) for _ in range(6))
         self.k, self.n = 0, [0] * len(W)  # steps and updates done so far
         self.last_k: int | None = None
         self.due = self.hyper.warmup_steps
@@ -186,10 +189,15 @@ class Reference:
         T = self.interval if self.last_k is None else self.k - self.last_k
         horizon = max(100, 5 * T) if h.rate_horizon is None else h.rate_horizon
         beta = math.exp(-T / horizon) if horizon > 0 else 0.0
-        for i, c in enumerate(curvature(H, torch.cat(d), layers, h.curvature, z)):
+        s = self._shares() if h.curvature == "signs" else [1.0] * len(g)
+        d_s = torch.cat([s_i * d_i for s_i, d_i in zip(s, d, strict=True)])
+        for i, c in enumerate(curvature(H, d_s, layers, h.curvature, z)):
+            c = c / s[i] ** 2
             count, rho, q = self.events[i], -g[i] @ d[i], d[i] @ d[i]
-            delta2 = c.abs() + h.weight_decay * q
-            t = closed_form(rho, delta2, h.self_concordance).item()
+            delta2 = c.abs() + (0.0 if self.adam else h.weight_decay) * q
+            w, D = (beta * old + (1 - beta) * new for old, new in ((self.w[i], 1.0), (self.D[i], rho**2 / delta2)))
+            M = 0.3 / (D / w) ** 0.5 if h.self_concordance is None else h.self_concordance
+            t = closed_form(rho, delta2, M).item()
             count["negative"] += int(c < 0)
             finite = rho.isfinite() and delta2.isfinite() and (math.isfinite(t) or rho <= 0)
             if not finite or rho <= 0:
@@ -198,9 +206,16 @@ class Reference:
             self.last[i] = {"descent": rho.item(), "curvature": c.item(), "q": q.item()}
             limit = h.max_growth * self.rate[i] if count["refreshes"] > 0 else math.inf
             count["growth"] += int(t > limit)
-            self.E[i] = beta * self.E[i] + (1 - beta) * min(t, limit)
-            self.w[i] = beta * self.w[i] + (1 - beta)
+            t = min(t, limit)
+            self.E[i] = beta * min(self.E[i], self.max_fall * t * self.w[i] if self.w[i] > 0 else 0.0) + (1 - beta) * t
+            self.w[i], self.D[i] = w, D.item()
             count["refreshes"] += 1
+
+    def _shares(self) -> list[float]:
+        size = [abs(last["curvature"]) ** 0.5 for last in self.last]
+        known = sorted(x for x in size if x == x)
+        half = known[(len(known) - 1) // 2] if known else 0.0
+        return [2.0 ** math.floor(math.log2(half / x)) if x > 20 * half > 0 else 1.0 for x in size]
 
     def _update(self, i: int, g: Tensor) -> None:
         h, self.applied[i], alive = self.hyper, 0.0, (g * g).isfinite()
@@ -247,10 +262,10 @@ class Reference:
 class ReferenceSGDLW(Reference):
     """SGD-m-LW: momentum as an average, L2 weight decay."""
 
-    adam, defaults = False, Hyper(cap=0.15, ramp_steps=50)
+    adam, max_fall, defaults = False, math.inf, Hyper(cap=0.15, ramp_steps=50)
 
 
 class ReferenceAdamWLW(Reference):
     """AdamW-LW: Adam's direction, decoupled weight decay."""
 
-    adam, defaults = True, Hyper(weight_decay=0.01, warmup_rate=1e-3)
+    adam, max_fall, defaults = True, 10.0, Hyper(weight_decay=0.01, warmup_rate=1e-3)

@@ -10,9 +10,10 @@ from reference import ReferenceAdamWLW, ReferenceSGDLW
 from torch.nn.functional import softplus
 
 METHODS = [ReferenceSGDLW, ReferenceAdamWLW]
-# Nothing but the closed form: the rate is t, nothing bounds it, and it is what is applied.
+# Nothing but the closed form, at M = 2: the rate is t, nothing bounds it, and it is what is applied.
 PLAIN = {
     "rate_horizon": 0.0,
+    "self_concordance": 2.0,
     "cap": math.inf,
     "max_growth": math.inf,
     "ramp_steps": 0,

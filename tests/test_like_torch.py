@@ -83,6 +83,7 @@ def test_no_gradients_no_step(info, row):
     assert not opt.state
 
 
+@pytest.mark.filterwarnings("ignore:.*could not use three measurements")
 @each_row(*FEW)
 def test_zero_gradients_move_nothing(info, row):
     problem = Problem()

@@ -29,15 +29,19 @@ def four_numbers(W):
 @pytest.mark.parametrize(
     ("options", "z", "c", "t"),
     [
-        # z₁z₂ = −1, so c = (2, 7) − (−1) = (3, 8); γq = ½·2 = 1, so δ² = (4, 9), δ = (2, 3);
-        # t = 2/(2·(2 + 2)) = 1/4 and 5/(3·(3 + 5)) = 5/24.
-        ({"curvature": "signs"}, [1, -1], (3, 8), (1 / 4, 5 / 24)),
-        ({"curvature": "signs"}, [-1, 1], (3, 8), (1 / 4, 5 / 24)),
-        # z₁z₂ = +1: c = (2, 7) + (−1) = (1, 6), δ² = (2, 7); M = 0 leaves ρ/δ² = 2/2 and 5/7.
-        ({"curvature": "signs", "self_concordance": 0.0}, [1, 1], (1, 6), (1.0, 5 / 7)),
-        # Blocks: c = (2, 7); γ = 1 adds 2, so δ² = (4, 9) again; M = 4 gives
-        # t = 2/(2·(2 + 2·2)) = 1/6 and 5/(3·(3 + 2·5)) = 5/39.
-        ({"curvature": "blocks", "weight_decay": 1.0, "self_concordance": 4.0}, None, (2, 7), (1 / 6, 5 / 39)),
+        # z₁z₂ = −1, so c = δ² = (2, 7) − (−1) = (3, 8), whatever γ; Λ = ρ/δ in the first refresh, so
+        # t = ρ/δ²/(1 + 0.15): 2/3.45 = 40/69 and 5/9.2 = 25/46.
+        ({"curvature": "signs"}, [1, -1], (3, 8), (40 / 69, 25 / 46)),
+        ({"curvature": "signs"}, [-1, 1], (3, 8), (40 / 69, 25 / 46)),
+        # z₁z₂ = +1: c = (2, 7) + (−1) = (1, 6); M = 0 leaves ρ/δ² = 2/1 and 5/6.
+        ({"curvature": "signs", "self_concordance": 0.0}, [1, 1], (1, 6), (2.0, 5 / 6)),
+        # Blocks: c = (2, 7), δ = (√2, √7); M = 4 gives t = 2/(√2(√2 + 2·2)) and 5/(√7(√7 + 2·5)).
+        (
+            {"curvature": "blocks", "weight_decay": 1.0, "self_concordance": 4.0},
+            None,
+            (2, 7),
+            (2 / (2 + 4 * 2**0.5), 5 / (7 + 10 * 7**0.5)),
+        ),
     ],
     ids=["signs", "signs flipped", "signs equal", "blocks"],
 )
@@ -60,9 +64,9 @@ def test_four_numbers_by_hand(options, z, c, t):
     close(ref.W[0], vec(keep[0] - t[0], -2 * keep[0] + t[0]))
     close(ref.W[1], vec(keep[1] - t[1], keep[1] - t[1]))
     if options == {"curvature": "signs"}:
-        # (1 − 1/8)(1, −2) + ¼(−1, 1) = (5/8, −3/2);  (1 − 5/48) − 10/48 = 33/48 = 11/16.
-        close(ref.W[0], vec(5 / 8, -3 / 2))
-        close(ref.W[1], vec(11 / 16, 11 / 16))
+        # (1 − 20/69)(1, −2) + 40/69·(−1, 1) = (9/69, −58/69);  (1 − 25/92) − 50/92 = 17/92.
+        close(ref.W[0], vec(9 / 69, -58 / 69))
+        close(ref.W[1], vec(17 / 92, 17 / 92))
     close(W[0], vec(1, -2))  # the caller's own vector stays
 
 

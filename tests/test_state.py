@@ -18,8 +18,8 @@ from lwas_fast.state import VERSION
 from lwas_fast.table import Column
 
 EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
-# Saved by the last commit before states had a version (bccd8d5), with what six further steps lead to since the cap goes
-# by the norms that were expected.
+# Saved by the last commit before states had a version (bccd8d5), with what six further steps lead to since rates do not
+# depend on the scale of the loss.
 OLD = torch.load(Path(__file__).parent / "data" / "states_of_version_1.pt", weights_only=True)
 
 

@@ -56,9 +56,10 @@ class Numbers(IntEnum):
 
     SIGN = 0  # of its direction
     SCALE = 1  # of the product, besides the factor
-    DECAY = 2  # weight decay
+    DECAY = 2  # what L2 adds to the curvature
     BETA = 3  # of the averages over measurements
     UNMEASURED = 4  # rate of a layer never measured
+    MAX_FALL = 5  # most that its rate may exceed a measured one, as a factor
 
 
 def _names(*members: IntEnum) -> list[tl.constexpr]:
@@ -68,8 +69,8 @@ def _names(*members: IntEnum) -> list[tl.constexpr]:
 
 _AVERAGE, _WEIGHT, _DESCENT, _CURVATURE = _names(Column.AVERAGE, Column.WEIGHT, Column.DESCENT, Column.CURVATURE)
 _REFRESHES, _NEGATIVE, _NONFINITE = _names(Column.REFRESHES, Column.NEGATIVE, Column.NONFINITE)
-_NO_DESCENT, _GREW = _names(Column.NO_DESCENT, Column.GROWTH)
-_SIGN, _SCALE, _DECAY, _BETA, _UNMEASURED = _names(*Numbers)
+_NO_DESCENT, _GREW, _DECREMENT = _names(Column.NO_DESCENT, Column.GROWTH, Column.DECREMENT)
+_SIGN, _SCALE, _DECAY, _BETA, _UNMEASURED, _MAX_FALL = _names(*Numbers)
 _GRADIENT_AT, _DIRECTION_AT, _PRODUCT_AT, _KIND_AT = _names(*Tensors)
 _TENSOR_AT, _NUMBER_AT, _COUNT_AT, _LAYER_AT = _names(*Chunks)
 _FIRST_AT, _CHUNKS_AT, _ROW_AT, _FACTOR_AT = _names(*Layers)
@@ -147,19 +148,18 @@ def _not(x):
 
 
 @triton.jit
-def _average(beta, old, value, where):
-    return tl.where(where, beta * old + (1 - beta) * value, old)
-
-
-@triton.jit
 def _finish(descent, sampled, square, row, numbers, new):
     """Take a layer's sums into its statistics: `closed_form.refresh`, for one layer."""
     average, weight = tl.load(row + _AVERAGE), tl.load(row + _WEIGHT)
     beta = tl.load(numbers + _BETA)
 
     curvature = tl.abs(sampled) + tl.load(numbers + _DECAY) * square
-    delta = tl.sqrt_rn(curvature)
-    rate = tl.div_rn(descent, delta * (delta + _HALF_M * descent))
+    newton = tl.div_rn(descent, curvature)
+    weight_now = beta * weight + (1 - beta)
+    decrement = beta * tl.load(row + _DECREMENT) + (1 - beta) * (descent * newton)
+    mean_square = tl.div_rn(decrement, weight_now)
+    relative = tl.where(mean_square > 0, tl.div_rn(descent * newton, mean_square), 1.0)
+    rate = tl.div_rn(newton, 1.0 + tl.sqrt_rn(relative) * _HALF_M)
     finite = _finite(descent) & _finite(curvature)
     # Without curvature the closed form has no answer; without descent it has a meaningless one.
     nonfinite = _not(finite) | ((descent > 0) & _not(_finite(rate)))
@@ -174,8 +174,10 @@ def _finish(descent, sampled, square, row, numbers, new):
 
     lanes = tl.arange(0, _LANES)
     found = tl.load(row + lanes, mask=lanes < _COLUMNS, other=0.0)
-    found = tl.where(lanes == _AVERAGE, _average(beta, average, rate, usable), found)
-    found = tl.where(lanes == _WEIGHT, _average(beta, weight, 1.0, usable), found)
+    kept = tl.where(known, tl.minimum(average, rate * weight * tl.load(numbers + _MAX_FALL)), 0.0)
+    found = tl.where((lanes == _AVERAGE) & usable, beta * kept + (1 - beta) * rate, found)
+    found = tl.where((lanes == _WEIGHT) & usable, weight_now, found)
+    found = tl.where((lanes == _DECREMENT) & usable, decrement, found)
     found = tl.where(lanes == _DESCENT, tl.where(usable, descent, tl.load(row + _DESCENT)), found)
     found = tl.where(lanes == _CURVATURE, tl.where(usable, sampled, tl.load(row + _CURVATURE)), found)
     found += tl.where(lanes == _REFRESHES, tl.where(usable, 1.0, 0.0), 0.0)

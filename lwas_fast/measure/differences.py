@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from lwas_fast.measure.buffers import buffers_kept
-from lwas_fast.measure.probes import Probe, Products, passes
-from lwas_fast.selection import squared_norms
+from lwas_fast.measure.probes import Probe, Products, passes, shares
 
 # Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
 # balances rounding (weights and gradients keep that many digits) against the third derivative.
@@ -68,21 +67,25 @@ def _displaced(params: Sequence[Tensor], directions: Sequence[Tensor], eps: Sequ
                     p.addcmul_(direction, e)
                 else:
                     p.copy_(torch.addcmul(p.to(direction.dtype), direction, e))
+        torch.clear_autocast_cache()  # a context around all this keeps casted weights, of where they stood before
         yield
     finally:
         with torch.no_grad():
             for p, value in zip(params, kept, strict=True):
                 p.copy_(value)
+        torch.clear_autocast_cache()
 
 
 def _step_lengths(probe: Probe) -> Tensor:
     """(S,), the eps that each layer's direction is multiplied by; 0 where there is no direction."""
-    selection, directions, dtype = probe.selection, probe.vectors.directions, probe.bucket.table.dtype
-    weights = [w.detach().to(d.dtype) for w, d in zip(selection.params, directions, strict=True)]
-    size = selection.per_layer(squared_norms(weights, dtype)).maximum(selection.floor.square())
-    along = selection.per_layer(squared_norms(directions, dtype))
-    relative = max(_RELATIVE.get(p.dtype, 1e-3) for p in selection.params)
-    return torch.where(along > 0, relative * (size / along).sqrt(), 0.0)
+    relative, reach = max(_RELATIVE.get(p.dtype, 1e-3) for p in probe.selection.params), probe.reach()
+    return torch.where(reach.isfinite(), relative * reach, 0.0)
+
+
+def _least_share(probe: Probe) -> float:
+    """What leaves a displacement, see `shares`, six bits of the weights' precision."""
+    dtypes = {p.dtype for p in probe.selection.params}
+    return min(1.0, max(64 * torch.finfo(dtype).eps / _RELATIVE.get(dtype, 1e-3) for dtype in dtypes))
 
 
 def by_differences(
@@ -103,7 +106,11 @@ def by_differences(
         leaves: Every tensor whose ``.grad`` the evaluation may touch.
         estimator: See `probes`.
     """
-    eps = [_step_lengths(probe) for probe in probes]
+    lengths = [_step_lengths(probe) for probe in probes]
+    eps = [
+        length * share.clamp(min=_least_share(probe))
+        for probe, length, share in zip(probes, lengths, shares(probes, estimator, lengths), strict=True)
+    ]
     of_tensor = [probe.selection.per_tensor(e) for probe, e in zip(probes, eps, strict=True)]
     found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
     before = {leaf: leaf.grad.clone() for leaf in leaves if leaf.grad is not None}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lwas_fast.measure.probes import Probe, Products, passes
+from lwas_fast.measure.probes import Probe, Products, passes, power_of_two, shares
 
 
 def _nodes(outputs: Iterable[Tensor]) -> Iterator[Node]:
@@ -65,8 +65,26 @@ def _products(
     return list(torch.autograd.grad(outputs, params, weights, retain_graph=keep, allow_unused=True))
 
 
+# Under a loss scale, directions are taken as long as this share of the weights. The products are then changes of the
+# scaled gradient that are smaller than itself, which is as large as float16 allows. Less would lose their last digits.
+_SHARE = 2.0**-7
+
+
+def _into_range(probes: Sequence[Probe], estimator: str) -> list[Tensor]:
+    """For each probe (S,), what its layers' directions are multiplied by under a loss scale.
+
+    A power of two, so that it rounds nothing where nothing leaves the range; the same for all that share a product.
+    """
+    lengths = [_SHARE * probe.reach() for probe in probes]
+    if estimator == "signs" and probes:
+        least = torch.stack([length.amin().to(lengths[0].device) for length in lengths]).amin()
+        lengths = [least.to(length.device).expand_as(length) for length in lengths]
+    powers = [power_of_two(length) for length in lengths]
+    return [torch.where(power.isfinite() & (power > 0), power, 1.0) for power in powers]
+
+
 def by_autograd(
-    probes: Sequence[Probe], gradients: Sequence[Sequence[Tensor | None]], estimator: str
+    probes: Sequence[Probe], gradients: Sequence[Sequence[Tensor | None]], estimator: str, scaled: bool
 ) -> list[Products]:
     """Take the products of each probe by reverse over reverse.
 
@@ -75,7 +93,14 @@ def by_autograd(
         gradients: For each probe, the raw gradients of its tensors with their graph, which is released by this; None
             where this process's loss has none.
         estimator: See `probes`.
+        scaled: Whether they are of a loss under a loss scale: see `_into_range`.
     """
+    factors = shares(probes, estimator)
+    if scaled:
+        factors = [share * more for share, more in zip(factors, _into_range(probes, estimator), strict=True)]
+    of_tensors = [probe.selection.per_tensor(factor) for probe, factor in zip(probes, factors, strict=True)]
+    for probe, numbers in zip(probes, of_tensors, strict=True):  # in place: powers of two can be taken out again
+        torch._foreach_mul_(probe.vectors.directions, numbers)
     found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
     rounds = passes(probes, estimator)
     for members in rounds:
@@ -87,4 +112,7 @@ def by_autograd(
         )
         for (p, i), product in zip(members, products, strict=True):
             found[p][i] = product
-    return [Products(tensors, probe.scale) for probe, tensors in zip(probes, found, strict=True)]
+    for probe, numbers in zip(probes, of_tensors, strict=True):
+        torch._foreach_div_(probe.vectors.directions, numbers)
+    scales = [probe.scale / factor for probe, factor in zip(probes, factors, strict=True)]
+    return [Products(*pair) for pair in zip(found, scales, strict=True)]

@@ -109,7 +109,7 @@ def _autograd(
         with span("curvature"):
             probes = make_probes(subject, gradients, of_gradients, scale)
             ours = [[graph.get(p) for p in probe.selection.params] for probe in probes]
-            products = by_autograd(probes, ours, subject.how["curvature"])
+            products = by_autograd(probes, ours, subject.how["curvature"], scaled=isinstance(scale, Tensor))
     except RuntimeError as error:
         if (explained := explain(error)) is not None:
             raise explained from error

@@ -7,7 +7,7 @@ statistics, `Measured`, are entered by the optimizer's next step.
 
 from lwas_fast.rates.closed_form import current
 from lwas_fast.rates.launch import Plans
-from lwas_fast.rates.refresh import Measured, refreshed, take_in
+from lwas_fast.rates.refresh import Measured, Outcome, refreshed, take_in
 from lwas_fast.rates.when import is_due, overdue
 
-__all__ = ["Measured", "Plans", "current", "is_due", "overdue", "refreshed", "take_in"]
+__all__ = ["Measured", "Outcome", "Plans", "current", "is_due", "overdue", "refreshed", "take_in"]

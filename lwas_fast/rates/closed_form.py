@@ -2,7 +2,8 @@ r"""Curvature to step sizes in plain torch: sums, closed form, averages, guards,
 
 The step size along a direction d with descent \(\rho = -\langle g, d\rangle\) and curvature
 \(\delta^2 = \langle d, H d\rangle\) is \(t = \rho / (\delta (\delta + \tfrac{M}{2}\rho))\), the minimiser of the
-upper bound that self-concordance with constant M gives (Bahamou & Goldfarb, arXiv 2305.13664). Averages and guards are
+upper bound that self-concordance with constant M gives (Bahamou & Goldfarb, arXiv 2305.13664). M is 0.3 over the root
+mean square of the layer's \(\rho/\delta\), so a multiple of the loss has the same steps. That, averages and guards are
 ours; `tests/reference.py` defines them in the paper's notation.
 
 Nothing here reads a number back from the device.
@@ -57,13 +58,21 @@ def layer_sums(probe: Probe, products: Products) -> Tensor:
     return sums
 
 
-def closed_form(descent: Tensor, curvature: Tensor) -> Tensor:
-    """The step size t = rho / (delta (delta + M/2 rho)), of rho and delta**2 >= 0 of any one shape.
+def closed_form(descent: Tensor, curvature: Tensor, mean_square: Tensor) -> Tensor:
+    """The step size t = rho / (delta (delta + M/2 rho)).
 
-    Infinite or NaN where delta is 0.
+    Args:
+        descent: rho, of any shape.
+        curvature: delta**2 >= 0, of the same.
+        mean_square: The mean of rho**2 / delta**2, which M = 0.3 / root is taken from; likewise.
+
+    Returns:
+        t; infinite or NaN where delta is 0.
     """
-    delta = curvature.sqrt()
-    return descent / (delta * (delta + 0.5 * SELF_CONCORDANCE * descent))
+    newton = descent / curvature
+    relative = descent * newton / mean_square  # (rho/delta)**2 over its mean
+    # The mean is 0 where squares of so little a loss are: then this one stands for the mean.
+    return newton / (1 + 0.5 * SELF_CONCORDANCE * torch.where(mean_square > 0, relative, 1.0).sqrt())
 
 
 def current(table: Tensor, warmup_rate: float) -> Tensor:
@@ -72,16 +81,31 @@ def current(table: Tensor, warmup_rate: float) -> Tensor:
     return torch.where(weight > 0, table[:, Column.AVERAGE] / weight, warmup_rate)
 
 
-def refresh(table: Tensor, sums: Tensor, group: dict[str, Any]) -> Tensor:
-    """Take the sums (L, len(Sums)) of one measurement into the statistics (L, len(Column)); return the new ones.
+def refresh(probe: Probe, sums: Tensor, group: dict[str, Any]) -> Tensor:
+    """Take the sums of one measurement into the layers' statistics.
 
     Where the measurement is unusable only `NEGATIVE`, `NONFINITE` or `NO_DESCENT` differs.
+
+    Args:
+        probe: What was measured along.
+        sums: (S, len(Sums)), of its layers.
+        group: Hyperparameters.
+
+    Returns:
+        (S, len(Column)), the new statistics.
     """
+    table = probe.rows
     new = table.clone()
     descent, sampled, square = sums.to(table.dtype).unbind(1)
+    beta = memory(group)
 
-    curvature = sampled.abs() + group["weight_decay"] * square
-    rate = closed_form(descent, curvature)
+    def average(column: Column, value: Tensor) -> Tensor:
+        return beta * table[:, column] + (1 - beta) * value
+
+    curvature = sampled.abs() + probe.l2 * square
+    weight = average(Column.WEIGHT, torch.ones_like(descent))
+    decrement = average(Column.DECREMENT, descent * (descent / curvature))
+    rate = closed_form(descent, curvature, decrement / weight)
     finite = torch.isfinite(descent) & torch.isfinite(curvature)
     # Without curvature the closed form has no answer; without descent it has a meaningless one.
     nonfinite = ~finite | ((descent > 0) & ~torch.isfinite(rate))
@@ -89,15 +113,18 @@ def refresh(table: Tensor, sums: Tensor, group: dict[str, Any]) -> Tensor:
     usable = ~(nonfinite | no_descent)
 
     limit = MAX_GROWTH * current(table, group["warmup_rate"])
-    grown = usable & (table[:, Column.WEIGHT] > 0) & (rate > limit)
+    known = table[:, Column.WEIGHT] > 0
+    grown = usable & known & (rate > limit)
     rate = torch.where(grown, limit, rate)
-    beta = memory(group)
-    for column, value in ((Column.AVERAGE, rate), (Column.WEIGHT, torch.ones_like(rate))):
-        old = table[:, column]
-        new[:, column] = torch.where(usable, beta * old + (1 - beta) * value, old)
-
-    new[:, Column.DESCENT] = torch.where(usable, descent, table[:, Column.DESCENT])
-    new[:, Column.CURVATURE] = torch.where(usable, sampled, table[:, Column.CURVATURE])
+    kept = torch.where(known, table[:, Column.AVERAGE].minimum(probe.max_fall * rate * table[:, Column.WEIGHT]), 0.0)
+    for column, value in (
+        (Column.AVERAGE, beta * kept + (1 - beta) * rate),
+        (Column.WEIGHT, weight),
+        (Column.DECREMENT, decrement),
+        (Column.DESCENT, descent),
+        (Column.CURVATURE, sampled),
+    ):
+        new[:, column] = torch.where(usable, value, table[:, column])
     for column, event in (
         (Column.REFRESHES, usable),
         (Column.NEGATIVE, sampled < 0),

@@ -113,7 +113,7 @@ def _tensor_rows(probe: Probe, products: Products, alive: list[Sequence[Tensor]]
 def _numbers(probe: Probe, products: Products, group: dict[str, Any]) -> np.ndarray:
     """`layer_rates.Numbers` of each layer of a probe."""
     scale = 1.0 if isinstance(products.factor, Tensor) else products.factor
-    common = [scale, group["weight_decay"], memory(group), group["warmup_rate"]]
+    common = [scale, probe.l2, memory(group), group["warmup_rate"], probe.max_fall]
     signs = np.array(probe.signs, np.float32)[:, None]
     return np.hstack([signs, np.tile(np.array(common, np.float32), (len(signs), 1))])
 
@@ -232,7 +232,7 @@ def serves(group: dict[str, Any], bucket: Bucket) -> bool:
 def trial(device: torch.device) -> None:
     """Compile and launch the kernels once, on next to nothing; raises whatever Triton has to say."""
     p = torch.zeros(1, device=device)
-    group = {"params": [p], "layer_names": ["trial"], "weight_decay": 0.0, "warmup_rate": 1.0}
+    group = {"params": [p], "layer_names": ["trial"], "warmup_rate": 1.0}
     group |= {"steps": 0, "warmup_steps": 0, "update_every": None, "last_refresh": None}
     (bucket,) = Layout([group], {}, lambda _: ()).buckets
     probe = Probe(bucket, bucket.select([0]), Vectors([p], [p]), [1.0], 1.0)

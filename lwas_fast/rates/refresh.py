@@ -15,10 +15,10 @@ from lwas_fast.layers import Bucket, Groups
 from lwas_fast.measure import Measurement
 from lwas_fast.parallel import ddp
 from lwas_fast.profiling import span
-from lwas_fast.rates import launch
+from lwas_fast.rates import launch, when
 from lwas_fast.rates.closed_form import layer_sums, refresh
-from lwas_fast.rates.when import schedule
 from lwas_fast.selection import Selection
+from lwas_fast.table import Column
 
 
 class Measured(NamedTuple):
@@ -42,13 +42,47 @@ def refreshed(measurement: Measurement, groups: Groups, plans: launch.Plans) -> 
     return Measured(measurement.due, [(probe.bucket, probe.selection, new) for probe, new in pairs])
 
 
-def take_in(measured: Measured, groups: Groups) -> None:
+class Outcome:
+    """Which layers a measurement found no number for, on its way from the device."""
+
+    def __init__(self, measured: Measured):
+        self._due, self._parts, self._events = measured.due, [], []
+        for bucket, selection, rows in measured.rows:
+            lost = rows[:, Column.REFRESHES] == bucket.table[selection.rows][:, Column.REFRESHES]
+            lost &= selection.elements > 0
+            if lost.is_cuda:  # one that waits would hold the host up at every measurement
+                lost, there = torch.empty(lost.shape, dtype=torch.bool, pin_memory=True), lost
+                lost.copy_(there, non_blocking=True)
+                self._events.append(torch.cuda.current_stream(there.device).record_event())
+            self._parts.append((bucket, selection, lost))
+
+    def tell(self, groups: Groups) -> list[str]:
+        """Have groups that lack a number measured at once; give the layers that were tried often enough."""
+        for event in self._events:
+            event.synchronize()
+        given_up = []
+        for number in self._due:
+            lost = [
+                bucket.names[row]
+                for bucket, selection, flags in self._parts
+                if bucket.group == number
+                for row, flag in zip(sorted(set(selection.where[:, 0].tolist())), flags.tolist(), strict=True)
+                if flag
+            ]
+            if when.again(groups[number], bool(lost)):
+                given_up += lost
+        return given_up
+
+
+def take_in(measured: Measured, groups: Groups) -> Outcome:
     """Enter new rows into the statistics, and set when each group is measured next."""
+    outcome = Outcome(measured)
     for bucket, selection, rows in measured.rows:
         bucket.table[selection.rows] = rows
     with_gradient = {bucket.group for bucket, *_ in measured.rows}
     for number in measured.due:
-        schedule(groups[number], number in with_gradient)
+        when.schedule(groups[number], number in with_gradient)
+    return outcome
 
 
 def _rows(measurement: Measurement, groups: Groups, plans: launch.Plans) -> list[Tensor]:
@@ -65,7 +99,7 @@ def _rows(measurement: Measurement, groups: Groups, plans: launch.Plans) -> list
     alone, found = measurement.replicas is None, {}
     for p in apart:
         sums = layer_sums(probes[p], products[p])
-        found[p] = refresh(probes[p].rows, sums, groups[p]) if alone else sums
+        found[p] = refresh(probes[p], sums, groups[p]) if alone else sums
     for members in together.values():
         mine, theirs, options = ([x[p] for p in members] for x in (probes, products, groups))
         new = launch.launch(mine, theirs, options, plans, finish=alone)  # type: ignore[arg-type]
@@ -74,4 +108,4 @@ def _rows(measurement: Measurement, groups: Groups, plans: launch.Plans) -> list
     if measurement.replicas is None or not ordered:
         return ordered
     averaged = ddp.average(ordered, measurement.replicas)
-    return [refresh(probe.rows, sums, group) for probe, sums, group in zip(probes, averaged, groups, strict=True)]
+    return [refresh(*measured) for measured in zip(probes, averaged, groups, strict=True)]

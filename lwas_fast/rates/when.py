@@ -7,6 +7,7 @@ from typing import Any
 
 INTERVALS = (10, 100)  # least and most steps between measurements; docs/method.md says why
 HORIZON, HORIZON_REFRESHES = 100, 5  # rates are averaged over this many steps, and this many measurements, at least
+TRIES = 3  # measurements in a row, a step apart, before a layer that none of them can be used for has to wait
 
 
 def is_due(group: dict[str, Any]) -> bool:
@@ -33,6 +34,18 @@ def memory(group: dict[str, Any]) -> float:
     last = group["last_refresh"]
     elapsed = interval(group) if last is None else group["steps"] - last
     return math.exp(-elapsed / max(HORIZON, HORIZON_REFRESHES * elapsed))
+
+
+def again(group: dict[str, Any], failed: bool) -> bool:
+    """Have a group measured at its present step if the step before found no number for one of its layers.
+
+    Returns:
+        Whether that was the last of so many tries in a row: now it is measured when it is due.
+    """
+    group["failures"] = group["failures"] + 1 if failed else 0
+    if 0 < group["failures"] < TRIES:
+        group["next_refresh"] = group["steps"]
+    return bool(group["failures"] == TRIES)
 
 
 def schedule(group: dict[str, Any], measured: bool) -> None:

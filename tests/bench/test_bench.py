@@ -76,7 +76,7 @@ def whole_steps(benchmarks: Benchmarks, file: str) -> None:
     for benchmark in benchmarks.of(file):
         info = benchmark["extra_info"]
         share = info["refreshes"] / 500
-        assert info["refreshes"] == 28
+        assert 28 <= info["refreshes"] <= 30  # two more tries, should so small a model reach a loss of 0
         mean = info["ratio"] + share * (info["ratio_measuring"] - info["ratio"])
         assert info["ratio_mean"] == pytest.approx(mean)
         assert info["by_interval"]["1"] == pytest.approx(info["ratio_measuring"])

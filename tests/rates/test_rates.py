@@ -104,7 +104,7 @@ class Problem:
             directions.append(d)
             products.append(torch.where(d == 0, 0.0, u))
         self.shrunk /= self.case.growing
-        probe = Probe(self.bucket, self.selection, Vectors(self.gradients, directions), self.signs, 1.0)
+        probe = Probe(self.bucket, self.selection, Vectors(self.gradients, directions), self.signs, 1.0, max_fall=10.0)
         self._tell_reference(products, directions)
         return probe, Products(products, self.case.factor)
 
@@ -124,7 +124,7 @@ class Problem:
     def refresh(self, implementation, probe, products, plans, finish=True):
         group = self.opt.param_groups[0]
         if implementation == "torch":
-            return refresh(probe.rows, layer_sums(probe, products), group)
+            return refresh(probe, layer_sums(probe, products), group)
         (found,) = launch.launch([probe], [products], [group], plans, finish, chunk=CHUNK, block=BLOCK)
         return found
 

@@ -1,0 +1,93 @@
+"""A constant factor of the loss, or a constant added to it, changes no step.
+
+A factor that is a power of two rounds nothing, so where eps is small enough the weights are equal bit for bit. Catches:
+any number of the method that has a unit and is a constant.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import OPTIMIZERS, batches, loss_of, small_net
+from torch.nn import functional as F
+
+ROUTES = ("backward", "closure", "accumulated", "scaler")
+FACTORS = (2.0**-13, 2.0**27)
+
+
+def trained(kind, route, options, change):
+    """The weights after 40 steps on a changed loss, with an eps that no gradient comes near."""
+    model = small_net(torch.float32)
+    own = {"eps": 1e-30, "weight_decay": 0.1} if kind == "adamw" else {}
+    opt = OPTIMIZERS[kind](model.named_parameters(), **own, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=15)
+    for batch in batches(40, torch.float32):
+
+        def loss(batch=batch):
+            return change(loss_of(model, batch))
+
+        def closure(loss=loss):
+            opt.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        if route == "closure":
+            opt.step(closure)
+            continue
+        opt.zero_grad()
+        if route == "accumulated":
+            opt.backward(loss(), last=False)
+        opt.backward(loss(), scaler=scaler if route == "scaler" else None)
+        if route == "scaler":
+            scaler.step(opt)
+            scaler.update()
+        else:
+            opt.step()
+    rows = opt.diagnostics().values()
+    assert all(row["refreshes"] == 4 for row in rows)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["plain", "compiled where it can be"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_factor_of_the_loss_changes_no_bit(kind, route, fused):
+    plain = trained(kind, route, {"fused": fused}, lambda loss: loss)
+    for factor in FACTORS:
+        assert torch.equal(trained(kind, route, {"fused": fused}, lambda loss, s=factor: s * loss), plain)
+
+
+@pytest.mark.parametrize("options", [{"curvature": "blocks"}, {"schedule_free": False}], ids=str)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_nor_does_it_in_other_modes(kind, options):
+    plain = trained(kind, "backward", options, lambda loss: loss)
+    for factor in FACTORS:
+        assert torch.equal(trained(kind, "backward", options, lambda loss, s=factor: s * loss), plain)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_loss_below_zero_is_a_loss(kind):
+    plain = trained(kind, "backward", {}, lambda loss: loss)
+    assert torch.equal(trained(kind, "backward", {}, lambda loss: loss - 0.5), plain)
+
+
+def test_the_default_eps_can_hardly_tell():
+    torch.manual_seed(0)
+    x = torch.randn(512, 20)
+    y = (x[:, :4] + 0.5 * torch.randn(512, 4)).argmax(1)
+    found = []
+    for k in (-13, 0, 27):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4))
+        opt = OPTIMIZERS["adamw"](model.named_parameters())
+        for step in range(150):
+            at = torch.randperm(512, generator=torch.Generator().manual_seed(step))[:64]
+            opt.zero_grad()
+            opt.backward(2.0**k * F.cross_entropy(model(x[at]), y[at]))
+            opt.step()
+        opt.eval()
+        found.append(F.cross_entropy(model(x), y).item())
+    assert all(math.isclose(loss, found[1], rel_tol=0.02) for loss in found), found
