@@ -3,16 +3,18 @@
 A name may carry options: `adamwlw:update_every=5`, `adamw:lr=1e-3,schedule=cosine`, `adamwlw:average=0.05`;
 with the last, the average is judged (lwas_fast.averaged). Ours may have `layers=tensor` or `layers=whole`, one rate
 each. What is not given has the package's default, but for the weight decay, which is the task's. AdaHessian, Sophia-H,
-Shampoo and Schedule-Free have a rate, `lr`, whose default was made for other tasks; DoG is judged by its last weights,
-not by its authors' average.
+Shampoo and both Schedule-Free AdamW have a rate, `lr`, whose default was made for other tasks; DoG is judged by its
+last weights, not by its authors' average. Schedules: `constant`, `cosine` to 0 at the end, `warmup` over the first
+tenth of the run, and `warmup_cosine`, both.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,21 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
 from bench.quality.kfac import KFAC
+from bench.quality.muon import MuonWithAdamW
 from bench.quality.problem import Problem
+from bench.quality.schedule_free_plus import RefinedScheduleFree, ScheduleFreePlus
 from lwas_fast import SGDLW, AdamWLW, averaged
 from lwas_fast.optimizer import LayerwiseOptimizer
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "warmup", "warmup_cosine")
+WARMUP = 0.1  # of the run, in both schedules that have one
 Factory = Callable[..., Optimizer]
 OURS = ("adamwlw", "sgdlw")
 SWEPT = {  # two a decade; where a task had its best rate at an end, rates beyond were run on it by name
     "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
+    "muon": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "sf_adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "sf_refined": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "shampoo": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     "adahessian": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     "sophia_h": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -55,6 +62,7 @@ class Rule:
         modes: Whether it has a train and an eval mode (ours, Schedule-Free), unless told not to be schedule-free.
         graph: Whether its `step` differentiates the gradient once more (AdaHessian, Sophia-H).
         data: Whether it has a `measure`, which is to see the mini-batch (KFAC).
+        value: Whether its `step` is to be told the loss (Schedule-Free+).
     """
 
     make: Factory
@@ -63,6 +71,7 @@ class Rule:
     modes: bool = False
     graph: bool = False
     data: bool = False
+    value: bool = False
 
 
 def _of(module: str, name: str, **fixed: Any) -> Factory:
@@ -93,9 +102,12 @@ RULES = {
     "sgdlw": Rule(_ours(SGDLW), modes=True),
     "adamw": Rule(_torch(torch.optim.AdamW)),
     "sgd": Rule(_torch(torch.optim.SGD, momentum=0.9, lr=1e-2)),
+    "muon": Rule(lambda problem, **options: MuonWithAdamW(problem.model, **options)),
     "prodigy": Rule(_of("prodigyopt", "Prodigy"), "prodigyopt", "prodigyopt"),
     "sf_adamw": Rule(_of(_FREE, "AdamWScheduleFree"), _FREE, _FREE, modes=True),
     "sf_sgd": Rule(_of(_FREE, "SGDScheduleFree"), _FREE, _FREE, modes=True),
+    "sf_refined": Rule(_torch(RefinedScheduleFree), modes=True),
+    "sf_plus": Rule(_torch(ScheduleFreePlus), modes=True, value=True),
     "dadapt_adam": Rule(_of(_MANY, "DAdaptAdam", weight_decouple=True), _MANY, "pytorch-optimizer"),
     "dog": Rule(_of("dog", "DoG"), "dog", "dog-optimizer"),
     "shampoo": Rule(_of(_MANY, "ScalableShampoo", decoupled_weight_decay=True), _MANY, "pytorch-optimizer"),
@@ -106,7 +118,8 @@ RULES = {
         "curvlinops", "curvlinops-for-pytorch", data=True,
     ),
 }  # fmt: skip
-PARAMETER_FREE = ("prodigy", "sf_adamw", "sf_sgd", "dadapt_adam", "dog")
+PARAMETER_FREE = ("prodigy", "sf_plus", "sf_adamw", "sf_refined", "sf_sgd", "dadapt_adam", "dog")
+EVERY_SCHEDULE = ("adamw", "sgd", "muon")  # are swept with all of SCHEDULES
 
 
 def parts(text: str) -> list[str]:
@@ -142,9 +155,14 @@ class Name:
                 options[key] = value  # a word
         if options.get("schedule", "constant") not in SCHEDULES:
             raise ValueError(f"{text!r}: schedule must be one of {', '.join(SCHEDULES)}")
+        return cls(base).having(**options)
+
+    def having(self, **options: Any) -> Name:
+        """The same with further options."""
+        options = {**dict(self.options), **options}
         if options.get("schedule") == "constant":  # what is meant without: a run has one name
             del options["schedule"]
-        return cls(base, tuple(sorted(options.items())))
+        return Name(self.base, tuple(sorted(options.items())))
 
     def __str__(self) -> str:
         short = ((key, f"{value:.15g}" if isinstance(value, float) else str(value)) for key, value in self.options)
@@ -157,10 +175,28 @@ class Name:
         return str(self).replace(":", "_").replace(",", "_").replace("/", "-")
 
 
-def sweep(base: str) -> list[Name]:
-    """Every rate of a sweep, constant and, but for Schedule-Free, with a cosine to 0."""
-    schedules = SCHEDULES[:1] if base in PARAMETER_FREE else SCHEDULES
-    return [Name.parse(f"{base}:lr={lr},schedule={schedule}") for schedule in schedules for lr in SWEPT[base]]
+def sweep(name: Name, schedules: Sequence[str] = ()) -> list[Name]:
+    """Every rate of a sweep, with each schedule and the name's further options.
+
+    Without schedules: all of AdamW's, SGD's and Muon's, none of Schedule-Free's, constant and cosine of the others'.
+    """
+    if not schedules:
+        kinds = 4 if name.base in EVERY_SCHEDULE else 1 if name.base in PARAMETER_FREE else 2
+        schedules = SCHEDULES[:kinds]
+    return [name.having(lr=lr, schedule=schedule) for schedule in schedules for lr in SWEPT[name.base]]
+
+
+def share_of_rate(schedule: str, steps: int) -> Callable[[int], float]:
+    """What a schedule leaves of the rate at each step: `warmup` rises to all of it, `cosine` falls to 0 at the end."""
+    warmup = max(1, round(WARMUP * steps)) if "warmup" in schedule else 0
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        gone = (step - warmup) / max(1, steps - warmup)
+        return (1 + math.cos(math.pi * gone)) / 2 if schedule.endswith("cosine") else 1.0
+
+    return share
 
 
 AVERAGE_EVERY = 10  # steps from one update of the average to the next
@@ -192,8 +228,8 @@ class Trainer:
         self.differences = options.get("hvp") == "finite_difference"
         self.optimizer = self.rule.make(problem, **options)
         self.scheduler = None
-        if schedule == "cosine":
-            self.scheduler = CosineAnnealingLR(self.optimizer, steps)
+        if schedule != "constant":
+            self.scheduler = LambdaLR(self.optimizer, share_of_rate(schedule, steps))
         if self.modes:
             self.optimizer.train()
 
@@ -208,7 +244,7 @@ class Trainer:
         else:
             value = loss()
             value.backward(create_graph=self.rule.graph)
-        self.optimizer.step()
+        self.optimizer.step(*[value.item()] * self.rule.value)
         self.steps += 1
         if self.average is not None and self.steps % AVERAGE_EVERY == 0:
             self.average.update_parameters(self.model)

@@ -1,8 +1,8 @@
 """Runs, read and put into the rows of tables and pictures.
 
-Of optimizers that are swept the best rate is taken for each task and schedule: the one of lowest mean final training
-loss over the seeds, of those run on the most seeds (a sweep on one seed may be followed by its best rates on more). It
-is chosen on runs that are shown, which favours it a little.
+Of optimizers that are swept the best rate is taken for each task and schedule, of averages apart: the one of lowest
+mean final training loss over the seeds, of those run on the most seeds (a sweep on one seed may be followed by its best
+rates on more). It is chosen on runs that are shown, which favours it a little.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from bench.quality.tasks import EVERY_TASK
 
 # Options that change numbers and not the work of a step. Not the cap: a layer near it takes a second pass.
 COSTLESS = SWEPT_WITH | {"betas", "ramp_steps"}
+
+AVERAGED = ", averaged"  # at the end of a swept row's name
 
 Runs = list[Run]  # of one task and optimizer, over the seeds
 Found = dict[str, dict[str, Runs]]  # task -> optimizer -> runs by seed
@@ -84,19 +86,32 @@ def rows_of(found: Found) -> Rows:
         swept: dict[str, list[Runs]] = defaultdict(list)
         for name, runs in optimizers.items():
             base, options = runs[0].name.base, dict(runs[0].name.options)
-            if base in SWEPT and set(options) <= SWEPT_WITH and "lr" in options:
-                swept[f"{base}, best {options.get('schedule', 'constant')}"].append(runs)
+            if base in SWEPT and set(options) <= {*SWEPT_WITH, "average"} and "lr" in options:
+                averaged = AVERAGED if "average" in options else ""
+                swept[f"{base}, best {options.get('schedule', 'constant')}{averaged}"].append(runs)
             else:
                 rows[name][task] = runs
         for row, candidates in swept.items():
             rows[row][task] = best_rate(candidates)
-    first = [f"{base}, best {schedule}" for base in SWEPT for schedule in SCHEDULES]
+    first = [
+        f"{base}, best {schedule}{averaged}" for base in SWEPT for schedule in SCHEDULES for averaged in ("", AVERAGED)
+    ]
     bases = [*SWEPT, *PARAMETER_FREE, *(b for b in RULES if b not in (*SWEPT, *PARAMETER_FREE, *OURS)), *OURS]
 
     def place(row: str) -> tuple[int, str]:
-        return (first.index(row) if row in first else 10 + bases.index(row.partition(":")[0]), row)
+        return (first.index(row) if row in first else len(first) + bases.index(row.partition(":")[0]), row)
 
     return {row: rows[row] for row in sorted(rows, key=place)}
+
+
+def best_swept(rows: Rows, base: str = "adamw") -> dict[str, Runs]:
+    """By task, the best of a sweep whatever the rate and schedule, averaged or not.
+
+    Of each row of the sweep its best rate, and of these the one of lowest mean final training loss.
+    """
+    swept = {row: of_task for row, of_task in rows.items() if row.startswith(f"{base}, best ")}
+    tasks = dict.fromkeys(task for of_task in swept.values() for task in of_task)
+    return {task: min((of[task] for of in swept.values() if task in of), key=mean_loss) for task in tasks}
 
 
 def is_variant(row: str) -> bool:

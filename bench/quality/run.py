@@ -2,6 +2,7 @@
 
 python -m bench.quality.run --tasks cnn,mlp --optimizers adamwlw,adamw:lr=1e-3 --seeds 0-2
 python -m bench.quality.run --optimizers adamw,sgd --sweep --seeds 0-2
+python -m bench.quality.run --optimizers adamw:average=0.05 --sweep --schedules constant,warmup
 python -m bench.quality.report
 
 Lines, environments and curves: bench/quality/store.py.
@@ -28,7 +29,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.quality import store
-from bench.quality.optimizers import OURS, RULES, SWEPT, Name, Trainer, parts, sweep
+from bench.quality.optimizers import OURS, RULES, SCHEDULES, SWEPT, Name, Trainer, parts, sweep
 from bench.quality.problem import Problem, Task
 from bench.quality.store import CHECKS, OUT, Curve, Run, points
 from bench.quality.tasks import EVERY_TASK, TASKS
@@ -185,6 +186,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text} are no seeds: give the lower first")
         return found
 
+    def schedules(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(SCHEDULES):
+            raise argparse.ArgumentTypeError(
+                f"unknown {', '.join(sorted(unknown))}: choose from {', '.join(SCHEDULES)}"
+            )
+        return text.split(",")
+
     parser = argparse.ArgumentParser(
         prog="python -m bench.quality.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -194,7 +202,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="names, by commas or spaces: adamwlw,adamw:lr=1e-3,schedule=cosine (an option goes on after a comma)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=seeds, default=[0], help="0, or 0-4")
-    parser.add_argument("--sweep", action="store_true", help=f"all rates and schedules, of {', '.join(SWEPT)}")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help=f"all rates and schedules, of {', '.join(SWEPT)}; further options (average=0.05) are kept",
+    )
+    parser.add_argument(
+        "--schedules", type=schedules, default=(), metavar="NAMES",
+        help=f"of the sweep, of {','.join(SCHEDULES)}; default: each optimizer's own",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, help="instead of the task's")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -214,7 +230,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             str(error) if isinstance(error, ValueError) else f"unknown task {error}: one of {', '.join(TASKS)}"
         )
-    args.optimizers = [n for name in names for n in (sweep(name.base) if args.sweep and name.base in SWEPT else [name])]
+    args.optimizers = [
+        n for name in names for n in (sweep(name, args.schedules) if args.sweep and name.base in SWEPT else [name])
+    ]
     for name in args.optimizers:
         rule = RULES[name.base]
         if rule.module and importlib.util.find_spec(rule.module) is None:

@@ -26,8 +26,10 @@ from bench.quality.tasks import EVERY_TASK
 NAMES = {
     "adamw": "AdamW", "sgd": "SGD-m", "sf_adamw": "Schedule-Free AdamW", "sf_sgd": "Schedule-Free SGD",
     "shampoo": "Shampoo", "kfac": "KFAC", "adahessian": "AdaHessian", "sophia_h": "Sophia-H", "prodigy": "Prodigy",
+    "muon": "Muon + AdamW", "sf_refined": "Refined Schedule-Free AdamW", "sf_plus": "ScheduleFree+",
     "dadapt_adam": "D-Adaptation Adam", "dog": "DoG", "adamwlw": "AdamWLW", "sgdlw": "SGDLW",
 }  # fmt: skip
+SCHEDULED = {"cosine": "cosine", "warmup": "warm-up", "warmup_cosine": "warm-up and cosine"}
 METRICS = {
     "train": "Final training loss, on a fixed subset in eval mode (lower is better)",
     "test": "Final test loss (lower is better)",
@@ -39,23 +41,25 @@ Lines = list[str]
 
 def label(row: str) -> str:
     """A row's name as one reads it; ours are bold."""
-    name, _, schedule = row.partition(", best ")
+    name, _, swept = row.partition(", best ")
+    schedule, comma, averaged = swept.partition(", ")
     base, _, options = name.partition(":")
     if base in OURS:
         return f"**{NAMES[base]}**" + (f", {options}" if options else "")
-    if schedule == "cosine":
-        return f"{NAMES[base]}, best rate + cosine"
     if schedule:
-        return f"{NAMES[base]}, best {'rate' if base in PARAMETER_FREE else 'constant rate'}"
+        constant = "" if base in PARAMETER_FREE else "constant "
+        rate = f"{constant}rate" if schedule == "constant" else f"rate + {SCHEDULED[schedule]}"
+        return f"{NAMES[base]}, best {rate}{comma}{averaged}"
     return f"{NAMES[base]}, {options or 'default'}" if options or base in SWEPT else NAMES[base]
 
 
 def rate_of(run: Run) -> str:
-    """The rate that a sweep has found, KFAC's with the damping; empty where the default served."""
+    """The rate that a sweep has found, KFAC's with the damping, an average's with its share; empty where none was."""
     options = dict(run.name.options)
     if run.name.base not in SWEPT or "lr" not in options:
         return ""
-    return f"{options['lr']:g}" + (f", damping {options['damping']:g}" if "damping" in options else "")
+    more = (f", {key} {options[key]:g}" for key in ("damping", "average") if key in options)
+    return f"{options['lr']:g}" + "".join(more)
 
 
 def markdown(heads: list[str], lines: Iterable[list[str]]) -> Lines:

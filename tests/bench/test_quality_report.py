@@ -95,6 +95,48 @@ def test_report_picks_the_best_rate_and_hides_nothing(tmp_path, capsys):
     assert "different sizes" in capsys.readouterr().err
 
 
+def test_warmups_and_averages_have_rows_and_the_best_of_all_is_found(tmp_path):
+    runs = {
+        "adamw:lr=0.001": [0.5],
+        "adamw:lr=0.001,schedule=warmup": [0.4],
+        "adamw:lr=0.01,schedule=warmup": [0.45],
+        "adamw:lr=0.001,schedule=warmup_cosine": [0.6],
+        "adamw:average=0.05,lr=0.01": [0.3],
+        "adamw:average=0.1,lr=0.03": [0.2],
+        "adamw:average=0.05,lr=0.01,schedule=cosine": [math.nan],
+        "adamw:betas=(0.9,0.95),lr=0.01": [0.01],  # of no sweep
+        "sgd:lr=0.1": [0.01],
+        "muon:lr=0.01,schedule=warmup": [0.1],
+        "sf_refined:lr=0.01,schedule=warmup": [0.1],
+        "sf_plus": [0.1],
+    }
+    put(tmp_path, runs)
+    rows = results.rows_of(results.load(tmp_path))
+    assert {row: str(of["tiny"][0].name) for row, of in rows.items() if "adamw, " in row} == {
+        "adamw, best constant": "adamw:lr=0.001",
+        "adamw, best constant, averaged": "adamw:average=0.1,lr=0.03",
+        "adamw, best cosine, averaged": "adamw:average=0.05,lr=0.01,schedule=cosine",
+        "adamw, best warmup": "adamw:lr=0.001,schedule=warmup",
+        "adamw, best warmup_cosine": "adamw:lr=0.001,schedule=warmup_cosine",
+    }
+    assert tables.finals("train", results.without_variants(rows), ["tiny"])[2:] == [
+        "| AdamW, best constant rate | 0.5000 (0.001) | 0 of 1 |",
+        "| AdamW, best constant rate, averaged | 0.2000 (0.03, average 0.1) | 0 of 1 |",
+        "| AdamW, best rate + cosine, averaged | (1/1 collapsed) | 1 of 1 |",
+        "| AdamW, best rate + warm-up | 0.4000 (0.001) | 0 of 1 |",
+        "| AdamW, best rate + warm-up and cosine | 0.6000 (0.001) | 0 of 1 |",
+        "| SGD-m, best constant rate | 0.01000 (0.1) | 0 of 1 |",
+        "| Muon + AdamW, best rate + warm-up | 0.1000 (0.01) | 0 of 1 |",
+        "| Refined Schedule-Free AdamW, best rate + warm-up | 0.1000 (0.01) | 0 of 1 |",
+        "| ScheduleFree+ | 0.1000 | 0 of 1 |",
+    ]
+    assert str(results.best_swept(rows)["tiny"][0].name) == "adamw:average=0.1,lr=0.03"
+    assert str(results.best_swept(rows, "muon")["tiny"][0].name) == "muon:lr=0.01,schedule=warmup"
+    del rows["adamw, best constant, averaged"]
+    assert str(results.best_swept(rows)["tiny"][0].name) == "adamw:lr=0.001,schedule=warmup"
+    assert results.best_swept(rows, "kfac") == {}
+
+
 def test_the_loss_at_a_time_is_between_points_and_not_made_up_outside():
     slow = made_up(1.0, 8.0)
     assert results.loss_after(slow, 4.0) == 8.0 and results.loss_after(slow, 5.0) == 7.5
