@@ -11,6 +11,8 @@ which the rival collapsed is left out, and the table says so. Over the seeds tha
 and ± the standard error of the logarithm, times the mean. By wall-clock it is the same ratio times the rival's seconds
 a step over those of ours, undisturbed (`results.undisturb`).
 
+That the rival has N steps also where it had its final loss before favours ours a little.
+
 The rival is the best of all rates and schedules of its kind: the one of lowest mean final training loss on the seeds
 that all have, chosen for each task on the runs that are shown.
 """
