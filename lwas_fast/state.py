@@ -1,7 +1,7 @@
 """Saved states: labelled with a version, statistics by name, checked against the optimizer before anything changes.
 
 A group carries ``state_version`` and ``state_columns``, the names of the numbers in each layer's row. So rows may get
-other numbers, in another order, and old states still load: what a state lacks starts at 0 or as the last measurement has it,
+other numbers, in another order, and old states still load: what a state lacks starts at 0 or as last measured,
 what it has too many is dropped. torch would cast every tensor to its parameter's dtype; `fit` keeps float32 state of
 half-precision parameters.
 """

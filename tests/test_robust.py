@@ -74,7 +74,7 @@ def test_a_flat_start_is_forgotten_after_a_few_measurements():
         opt.backward((1e-6 if k == 0 else 1.0) * (w * w).sum() + w.sum())  # the slope is there from the start
         opt.step()
         rates.append(opt.rates()["layer"])
-    last = 3 * 1e-6 * rates[0]  # what all later measurements find: as steep, or three times, and a million times sharper
+    last = 3e-6 * rates[0]  # what later measurements find: up to three times as steep, a million times sharper
     assert rates[0] > 1e4 * rates[10] and rates[40] < 10 * last
 
 

@@ -6,22 +6,21 @@ written by `python -m bench.quality.report` and by nobody else.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.quality import costs
+from bench.quality import costs, steps
 from bench.quality.optimizers import OURS
-from bench.quality.results import Found, Rows, mean, mean_loss, rows_of, without_variants
-from bench.quality.tables import against, change, decimals, equal_time, finals, markdown, sizes, variants
+from bench.quality.results import Found, rows_of, without_variants
+from bench.quality.tables import against, equal_time, finals, sizes, variants
 
 ROOT = Path(__file__).parents[2]
 MAIN = (
     "cnn", "mlp", "few", "ae_fashion", "ae_curves", "ae_faces", "transformer", "lstm", "gcn", "vgg11", "resnet",
 )  # fmt: skip
 MORE = ("mlp_32", "mlp_512", "mlp_1024", "masked", "vgg16", "vit")
-HEADLINE = {  # the README's tasks, which it orders by where AdamWLW does worst
+HEADLINE = {  # the tasks of steps to the same loss, which are in the order of the worst
     "cnn": "CNN, Fashion-MNIST",
     "mlp": "MLP, Fashion-MNIST",
     "few": "CNN, 1000 images",
@@ -37,30 +36,8 @@ HEADLINE = {  # the README's tasks, which it orders by where AdamWLW does worst
     "resnet": "ResNet-8, CIFAR-10",
 }
 ADAMW = ("adamw, best constant", "adamw, best cosine")
+SCHEDULE_FREE = {"Schedule-Free": steps.RIVALS["adamwlw"]["Schedule-Free"]}
 TIMES = {"update_every", "warmup_steps"}
-
-
-def headline(rows: Rows) -> list[str]:
-    """AdamWLW's final training loss against the best of each kind of others, the worst task first; bold: it loses."""
-    kinds = {
-        "AdamW, best constant rate": ADAMW[:1],
-        "AdamW, best rate + cosine": ADAMW[1:],
-        "Schedule-Free AdamW, best rate or default": ("sf_adamw, best constant", "sf_adamw"),
-    }
-    lines: list[tuple[float, list[str]]] = []
-    for task, about in HEADLINE.items():
-        ours, changes = rows["adamwlw"][task], []
-        for names in kinds.values():
-            theirs = [rows[name][task] for name in names if task in rows.get(name, {})]
-            changes.append(change(ours, min(theirs, key=mean_loss)) if theirs else (-math.inf, ""))
-        metric, best = ("test", min) if ours[0].accuracy is None else ("accuracy", max)
-        mine, adamw = mean(ours, metric), best(mean(rows[row][task], metric) for row in ADAMW)
-        places = 1 if metric == "accuracy" else decimals(mine)
-        told = f"{mine:.{places}f} / {adamw:.{places}f}" + " %" * (metric == "accuracy")
-        cells = [*changes, (1.0 if best(mine, adamw) != mine else 0.0, told)]
-        lines.append((max(changes)[0], [about, *(f"**{text}**" if loses > 0 else text for loses, text in cells)]))
-    lines.sort(key=lambda line: -line[0])
-    return markdown(["task", *kinds, "test: ours / AdamW's better"], [cells for _, cells in lines])
 
 
 def tables(found: Found, results: Path) -> dict[str, Callable[[], list[str]]]:
@@ -69,7 +46,9 @@ def tables(found: Found, results: Path) -> dict[str, Callable[[], list[str]]]:
     plain = without_variants(rows)
     short = {row: plain[row] for row in (*ADAMW, *OURS)}
     return {
-        "results": lambda: headline(plain),
+        "results": lambda: steps.table("adamwlw", plain, HEADLINE),
+        "steps schedule-free": lambda: steps.table("adamwlw", plain, HEADLINE, SCHEDULE_FREE),
+        "steps sgdlw": lambda: steps.table("sgdlw", plain, HEADLINE),
         "costs": lambda: costs.short(results / "step-cpu.json"),
         "step": lambda: costs.steps(results / "step-cpu.json"),
         "update": lambda: costs.updates(results / "update-cpu.json"),

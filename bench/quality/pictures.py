@@ -35,7 +35,11 @@ def save(figure: Figure, path: Path) -> bool:
 
 def draw_losses(task: str, rows: dict[str, Runs], path: Path, where: str) -> bool:
     """The training loss of a task over steps and over seconds: the seeds' mean, and each seed faintly."""
-    shown = {row: kept for row, runs in rows.items() if (kept := [run for run in runs if run.curve is not None])}
+    shown = {
+        row: kept
+        for row, runs in rows.items()
+        if (kept := [run for run in runs if run.curve is not None and run.curve.seconds])
+    }
     if not shown:
         return False
     figure, axes = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained", sharey=True)

@@ -51,12 +51,14 @@ class Problem:
         return loss if self.penalty is None else loss + self.penalty(model)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Mean loss on the evaluation sets, and where targets are classes the accuracy on the test set."""
+    def evaluate(self, model: nn.Module, test: bool = True) -> dict[str, float]:
+        """Mean loss on the evaluation sets, and where targets are classes the test accuracy; or without `test`."""
         training = model.training
         model.eval()
         found: dict[str, float] = {}
         for name, batches in self.parts.items():
+            if name == "test" and not test:
+                continue
             total, right, count, classes = 0.0, 0, 0, 0
             for batch in batches:
                 x, y = batch()

@@ -14,7 +14,7 @@ import difflib
 import sys
 from pathlib import Path
 
-from bench.quality import pages, store
+from bench.quality import pages, steps, store
 from bench.quality.pictures import PICTURES, draw_costs, draw_losses, draw_rates, rows_at
 from bench.quality.results import Found, Rows, is_variant, load, rows_of, without_variants
 from bench.quality.tables import text_of
@@ -53,14 +53,14 @@ def write_pages(root: Path, found: Found, check: bool) -> bool:
 
 
 def thin(folder: Path, rows: Rows) -> None:
-    """Drop the curves that neither a table at equal wall-clock nor a picture of the docs needs, and rates likewise."""
+    """Drop the curves that no table and no picture of the docs needs, and of the others what only pictures need."""
     curves = {run.key for of_task in without_variants(rows).values() for runs in of_task.values() for run in runs}
-    rates = set()
+    seconds, rates = set(), set()
     for draw, task, names in PICTURES.values():
         keys = {run.key for runs in rows_at(task, rows, names).values() for run in runs}
-        curves |= keys if draw is draw_losses else set()
+        seconds |= keys if draw is draw_losses else set()
         rates |= keys if draw is draw_rates else set()
-    store.thin(folder, curves, rates)
+    store.thin(folder, curves, seconds, rates)
 
 
 def draw_all(folder: Path, found: Found, rows: Rows, asked: list[str], out: Path) -> None:
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None, root: Path = pages.ROOT) -> None:
                 draw(task, rows_at(task, rows, names), path, where(folder))
                 print("drawn:", path)
         elif args.folder or args.out:
-            print(text := text_of(found, where(folder)))
+            print(text := text_of(found, where(folder)) + steps.text_of(found))
             if args.out:
                 args.out.mkdir(parents=True, exist_ok=True)
                 (args.out / "quality.md").write_text(text)

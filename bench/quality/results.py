@@ -144,9 +144,11 @@ def standard_error(values: list[float]) -> float:
 def loss_after(run: Run, seconds: float) -> float:
     """The mini-batches' mean loss at a time, between two points of the curve in proportion; the last when it was over.
 
-    NaN before the first point, and where the run ended in NaN before that time.
+    Every step is taken to last as long: what is left of seconds within a run is mostly what else the machine did. NaN
+    before the first point, and where the run ended in NaN before that time.
     """
-    times, losses = run.curve.seconds, run.curve.loss
+    losses = run.curve.loss
+    times = [run.seconds / run.taken * step for step in store.points(run.steps)[: len(losses)]]
     after = next((i for i, time in enumerate(times) if time >= seconds), None)
     if after is None:
         return losses[-1] if run.taken == run.steps else math.nan

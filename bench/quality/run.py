@@ -106,11 +106,11 @@ def train(asked: Asked, steps: int, full: bool, device: str, progress: Any = Non
     losses: list[float] = []
     curve = Curve([], [], {}, {})
     drawn = set(points(steps))
-    checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+    checks = set(points(steps, CHECKS))
 
-    def evaluate() -> None:
+    def evaluate(test: bool = True) -> None:
         with trainer.evaluating():
-            for metric, value in problem.evaluate(model).items():
+            for metric, value in problem.evaluate(model, test).items():
                 curve.checks.setdefault(metric, []).append(value)
 
     evaluate()
@@ -132,7 +132,7 @@ def train(asked: Asked, steps: int, full: bool, device: str, progress: Any = Non
             for layer, rate in trainer.rates().items():
                 curve.rates.setdefault(layer, []).append(rate)
         if taken in checks:
-            evaluate()
+            evaluate(test=taken == steps)
         if progress is not None:
             progress(taken)
     if not finite:

@@ -28,7 +28,8 @@ from bench.quality.optimizers import Name
 
 OUT = Path(__file__).parents[1] / "results" / "quality"
 CURVES, ENVIRONMENTS = "curves.jsonl", "environments.json"
-POINTS, CHECKS = 50, 6  # of a run's curve; evaluations after the one at the start, the last at the end
+POINTS, CHECKS = 50, 12  # of a run's curve; evaluations after the one at the start, the last at the end
+CHECKS_BEFORE = 6  # of runs up to November 2026; twelve include these, and cost as much without the test set
 Key = tuple[str, str, int]  # task, name, seed
 
 
@@ -37,9 +38,10 @@ class Curve:
     """A run's way.
 
     Attributes:
-        seconds: At each point.
+        seconds: At each point; none where nothing draws them.
         loss: Mean of the mini-batches since the point before.
-        checks: Each metric at the start, after each sixth of the run, and at the end; None for NaN.
+        checks: The training loss at the start and after each twelfth of the run (`checked`), or where it ended; None
+            for NaN. The test set's metrics at the start and the end, until they are thinned out.
         rates: Each layer's rate at each point, of ours.
     """
 
@@ -85,9 +87,24 @@ COLUMNS: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
-def points(steps: int) -> list[int]:
-    """The steps that a run's curve has points at."""
-    return sorted({round(steps * (i + 1) / POINTS) for i in range(POINTS)} - {0})
+def points(steps: int, count: int = POINTS) -> list[int]:
+    """The steps that a run's curve has points at, or so many checks."""
+    return sorted({round(steps * (i + 1) / count) for i in range(count)} - {0})
+
+
+def checked(run: Run) -> list[int]:
+    """The steps of a run's training losses in `checks`, from their number alone.
+
+    A run that was broken off has one where it ended, and those before tell of how many there would have been.
+    """
+    made = len(run.curve.checks["train"]) - 1
+    if run.taken == run.steps:
+        return [0, *points(run.steps, made)]
+    for count in (CHECKS, CHECKS_BEFORE):
+        before = [step for step in points(run.steps, count) if step < run.taken]
+        if len(before) == made - 1:
+            return [0, *before, run.taken]
+    raise ValueError(f"{run.key}: {made} checks in {run.taken} of {run.steps} steps")
 
 
 def read(path: Path) -> list[Run]:
@@ -138,7 +155,7 @@ def line_of(run: Run) -> str:
 
 
 def curve_line(key: Key, curve: Curve) -> str:
-    """A curve as a line of JSON: 6 digits of what tables at equal wall-clock are made of, 4 of what is only drawn."""
+    """A curve as a line of JSON: 6 digits of what tables at equal wall-clock are made of, 4 of the rest."""
 
     def short(values: list[float], digits: int) -> list[float | None]:
         return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]
@@ -212,10 +229,12 @@ def add(folder: Path, run: Run, environment: dict[str, str]) -> bool:
     return True
 
 
-def thin(folder: Path, curves: set[Key], rates: set[Key]) -> None:
-    """Drop all curves but these, and the layers' rates of all but those."""
+def thin(folder: Path, curves: set[Key], seconds: set[Key], rates: set[Key]) -> None:
+    """Drop all curves but these; seconds and the layers' rates of all but those; metrics of the test set."""
     with locked(folder):
-        kept = {key: curve for key, curve in read_curves(folder).items() if key in curves | rates}
+        kept = {key: curve for key, curve in read_curves(folder).items() if key in curves | seconds | rates}
         for key, curve in kept.items():
+            curve.seconds = curve.seconds if key in seconds else []
             curve.rates = curve.rates if key in rates else {}
+            curve.checks = {metric: values for metric, values in curve.checks.items() if metric == "train"}
         replace(folder / CURVES, "".join(curve_line(key, kept[key]) for key in sorted(kept)))

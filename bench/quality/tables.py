@@ -157,7 +157,7 @@ def equal_time(ours: str, rows: Rows, tasks: Iterable[str]) -> Lines:
     """The same of mini-batches' losses when a whole run of one of ours is over; the average's would be lower."""
 
     def drawn(row: str, task: str) -> Runs:
-        return [run for run in rows.get(row, {}).get(task, []) if run.curve is not None]
+        return [run for run in rows.get(row, {}).get(task, []) if run.curve is not None and run.curve.loss]
 
     budget = {task: mean(mine, "seconds") for task in tasks if (mine := drawn(ours, task))}
     lines = []

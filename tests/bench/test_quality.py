@@ -226,7 +226,11 @@ def test_run_writes_what_it_promises_and_resumes(tmp_path, monkeypatch, capsys):
     curve = one.curve
     assert len(curve.loss) == 50 and store.points(TINY.steps)[-1] == TINY.steps
     assert all(a < b for a, b in zip(curve.seconds[:-1], curve.seconds[1:], strict=True))
-    assert {len(values) for values in curve.checks.values()} == {7} and set(curve.rates) == {"1", "3"}
+    assert {metric: len(values) for metric, values in curve.checks.items()} == {"train": 13, "test": 2, "accuracy": 2}
+    assert set(curve.rates) == {"1", "3"} and len(store.checked(one)) == 13
+    assert curve.checks["train"][-1] == pytest.approx(one.train, rel=1e-3) and curve.checks["test"][
+        -1
+    ] == pytest.approx(one.test, rel=1e-3)
     assert {len(rates) for rates in curve.rates.values()} == {50} and not first[1].curve.rates
     again = trained("adamwlw", TINY.steps)
     assert again.curve.loss == pytest.approx(curve.loss, rel=1e-5) and again.test == pytest.approx(one.test, rel=1e-6)
