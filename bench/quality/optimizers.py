@@ -20,16 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import update_bn
 
 from bench.quality.kfac import KFAC
 from bench.quality.problem import Problem
+from bench.quality.schedules import SCHEDULES, scheduler
 from lwas_fast import SGDLW, AdamWLW, averaged
 from lwas_fast.optimizer import LayerwiseOptimizer
 
-SCHEDULES = ("constant", "cosine")
+SWEPT_SCHEDULES = ("constant", "cosine")
 Factory = Callable[..., Optimizer]
 OURS = ("adamwlw", "sgdlw")
 SWEPT = {  # two a decade; where a task had its best rate at an end, rates beyond were run on it by name
@@ -65,16 +66,29 @@ class Rule:
     data: bool = False
 
 
+def _parameters(problem: Problem, named: bool = False) -> list[Any]:
+    """What is trained, in two groups where weight decay is for matrices alone; ours is to see names."""
+    pairs = list(problem.model.named_parameters())
+    matrices, rest = [pair for pair in pairs if pair[1].ndim > 1], [pair for pair in pairs if pair[1].ndim < 2]
+
+    def shown(some: list[tuple[str, torch.nn.Parameter]]) -> list[Any]:
+        return list(some) if named else [p for _, p in some]
+
+    if problem.only_matrices:
+        return [{"params": shown(matrices)}, {"params": shown(rest), "weight_decay": 0.0}]
+    return shown(pairs)
+
+
 def _of(module: str, name: str, **fixed: Any) -> Factory:
     def make(problem: Problem, **options: Any) -> Optimizer:
         kind = getattr(__import__(module), name)
-        return kind(list(problem.model.parameters()), **{**fixed, **options})
+        return kind(_parameters(problem), **{**fixed, **options})
 
     return make
 
 
 def _torch(kind: type[Optimizer], **fixed: Any) -> Factory:
-    return lambda problem, **options: kind(problem.model.parameters(), **{**fixed, **options})
+    return lambda problem, **options: kind(_parameters(problem), **{**fixed, **options})
 
 
 LAYERS: dict[str, Callable[[str], str]] = {"tensor": lambda name: name, "whole": lambda name: "model"}
@@ -82,7 +96,7 @@ LAYERS: dict[str, Callable[[str], str]] = {"tensor": lambda name: name, "whole":
 
 def _ours(kind: type[LayerwiseOptimizer]) -> Factory:
     def make(problem: Problem, layers: str | None = None, **options: Any) -> Optimizer:
-        return kind(problem.model.named_parameters(), layers=LAYERS[layers] if layers else None, **options)
+        return kind(_parameters(problem, named=True), layers=LAYERS[layers] if layers else None, **options)
 
     return make
 
@@ -159,7 +173,7 @@ class Name:
 
 def sweep(base: str) -> list[Name]:
     """Every rate of a sweep, constant and, but for Schedule-Free, with a cosine to 0."""
-    schedules = SCHEDULES[:1] if base in PARAMETER_FREE else SCHEDULES
+    schedules = SWEPT_SCHEDULES[:1] if base in PARAMETER_FREE else SWEPT_SCHEDULES
     return [Name.parse(f"{base}:lr={lr},schedule={schedule}") for schedule in schedules for lr in SWEPT[base]]
 
 
@@ -191,9 +205,7 @@ class Trainer:
         self.modes = self.rule.modes and options.get("schedule_free", True)
         self.differences = options.get("hvp") == "finite_difference"
         self.optimizer = self.rule.make(problem, **options)
-        self.scheduler = None
-        if schedule == "cosine":
-            self.scheduler = CosineAnnealingLR(self.optimizer, steps)
+        self.scheduler = scheduler(schedule, self.optimizer, steps)
         if self.modes:
             self.optimizer.train()
 
@@ -208,6 +220,8 @@ class Trainer:
         else:
             value = loss()
             value.backward(create_graph=self.rule.graph)
+        if self.problem.clip is not None:
+            clip_grad_norm_(self.model.parameters(), self.problem.clip)
         self.optimizer.step()
         self.steps += 1
         if self.average is not None and self.steps % AVERAGE_EVERY == 0:

@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from bench.quality import store
-from bench.quality.optimizers import OURS, PARAMETER_FREE, RULES, SCHEDULES, SWEPT, SWEPT_WITH
+from bench.quality.optimizers import OURS, PARAMETER_FREE, RULES, SWEPT, SWEPT_SCHEDULES, SWEPT_WITH
 from bench.quality.store import Run
 from bench.quality.tasks import EVERY_TASK
 
@@ -84,13 +84,14 @@ def rows_of(found: Found) -> Rows:
         swept: dict[str, list[Runs]] = defaultdict(list)
         for name, runs in optimizers.items():
             base, options = runs[0].name.base, dict(runs[0].name.options)
-            if base in SWEPT and set(options) <= SWEPT_WITH and "lr" in options:
-                swept[f"{base}, best {options.get('schedule', 'constant')}"].append(runs)
+            schedule = options.get("schedule", "constant")
+            if base in SWEPT and set(options) <= SWEPT_WITH and "lr" in options and schedule in SWEPT_SCHEDULES:
+                swept[f"{base}, best {schedule}"].append(runs)
             else:
                 rows[name][task] = runs
         for row, candidates in swept.items():
             rows[row][task] = best_rate(candidates)
-    first = [f"{base}, best {schedule}" for base in SWEPT for schedule in SCHEDULES]
+    first = [f"{base}, best {schedule}" for base in SWEPT for schedule in SWEPT_SCHEDULES]
     bases = [*SWEPT, *PARAMETER_FREE, *(b for b in RULES if b not in (*SWEPT, *PARAMETER_FREE, *OURS)), *OURS]
 
     def place(row: str) -> tuple[int, str]:

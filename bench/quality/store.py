@@ -28,7 +28,7 @@ from bench.quality.optimizers import Name
 
 OUT = Path(__file__).parents[1] / "results" / "quality"
 CURVES, ENVIRONMENTS = "curves.jsonl", "environments.json"
-POINTS, CHECKS = 50, 6  # of a run's curve; evaluations after the one at the start, the last at the end
+POINTS = 50  # of a run's curve
 Key = tuple[str, str, int]  # task, name, seed
 
 
@@ -39,7 +39,7 @@ class Curve:
     Attributes:
         seconds: At each point.
         loss: Mean of the mini-batches since the point before.
-        checks: Each metric at the start, after each sixth of the run, and at the end; None for NaN.
+        checks: Each metric at the start and after equal parts of the run, the last at the end; None for NaN.
         rates: Each layer's rate at each point, of ours.
     """
 
