@@ -1,4 +1,4 @@
-"""Data of the training-quality suite: CIFAR-10 and Cora from the folder LWAS_FAST_DATA, and the demo's images.
+"""Data of the training-quality suite: CIFAR-10, Cora, a text from the folder LWAS_FAST_DATA, and the demo's images.
 
 Nothing is downloaded. What is missing or damaged is named, with the way to get it.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from examples.demo.data import Images, load_fashion_mnist
 
-__all__ = ["Graph", "Images", "load_cifar10", "load_cora", "load_fashion_mnist"]
+__all__ = ["Graph", "Images", "load_cifar10", "load_cora", "load_fashion_mnist", "load_shakespeare"]
 
 CIFAR10_SIZES = {"train": 50_000, "test": 10_000}
 CIFAR10_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -33,6 +33,12 @@ CORA_HOW_TO_GET = (
     "Set LWAS_FAST_DATA to the folder that holds cora.npz: Cora in Planetoid's split (words of papers as CSR: indptr, "
     "indices, data, shape; edges as pairs; labels; the numbers of train, val and test). "
     "torch_geometric.datasets.Planetoid(root, 'Cora', split='public') has what it is made from."
+)
+
+SHAKESPEARE_SIZE = 1_115_394
+SHAKESPEARE_HOW_TO_GET = (
+    "Set LWAS_FAST_DATA to the folder that holds tinyshakespeare.txt: input.txt of data/tinyshakespeare in the "
+    "repository karpathy/char-rnn."
 )
 
 
@@ -111,6 +117,22 @@ def load_cora() -> Graph:
     edges = edges[edges[:, 0] != edges[:, 1]].T
     features = torch.from_numpy(words.toarray()).float()
     return Graph("cora", features, torch.cat([edges, edges.flip(0)], dim=1), labels, *splits)
+
+
+def load_shakespeare() -> str:
+    """Load tiny Shakespeare, 1,115,394 characters of 65 kinds.
+
+    Raises:
+        FileNotFoundError: It is missing; the message says how to get it.
+        ValueError: It is another text, or a part of it.
+    """
+    file = _folder("tiny Shakespeare", SHAKESPEARE_HOW_TO_GET) / "tinyshakespeare.txt"
+    if not file.is_file():
+        raise FileNotFoundError(f"tiny Shakespeare: there is no {file}. {SHAKESPEARE_HOW_TO_GET}")
+    text = file.read_bytes().decode(errors="replace")
+    if len(text) != SHAKESPEARE_SIZE:
+        raise ValueError(f"{file}: {len(text)} characters, expected {SHAKESPEARE_SIZE}")
+    return text
 
 
 def _folder(what: str, how: str) -> Path:

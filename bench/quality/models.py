@@ -6,6 +6,7 @@ Attention is written out: the fused kinds have no second derivative, which measu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,29 +51,50 @@ def vgg(depth: int, scale: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 10))
 
 
-class BasicBlock(nn.Module):
-    """ResNet's block of two convolutions."""
+def sparse_start(model: nn.Module, connections: int = 15) -> None:
+    """Martens' start: so many weights of each unit from N(0, 1), the others and the biases 0.
 
-    def __init__(self, channels: int, width: int, stride: int):
+    As for logistic units; for tanh, Martens (2010) has biases of 0.5 instead.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            with torch.no_grad():
+                chosen = torch.rand(layer.weight.shape).argsort(1) < connections
+                layer.weight.copy_(torch.randn(layer.weight.shape) * chosen)
+                layer.bias.zero_()
+
+
+def subsample(x: Tensor) -> Tensor:
+    """ResNet's shortcut without weights: every other pixel, and as many channels of zeros as there are."""
+    before = x.shape[1] // 2
+    return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, x.shape[1] - before))
+
+
+class BasicBlock(nn.Module):
+    """ResNet's block of two convolutions; where the shape changes, the shortcut has weights (`project`) or none."""
+
+    def __init__(self, channels: int, width: int, stride: int, project: bool = True):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
             nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
         )  # fmt: skip
         down = [nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)]
-        self.down = nn.Identity() if channels == width and stride == 1 else nn.Sequential(*down)
+        same = channels == width and stride == 1
+        self.down = nn.Identity() if same or not project else nn.Sequential(*down)
+        self.subsamples = not (same or project)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.down(x))
+        return F.relu(self.body(x) + (subsample(x) if self.subsamples else self.down(x)))
 
 
-def resnet(width: int, blocks: int) -> nn.Sequential:
+def resnet(width: int, blocks: int, stride: int = 1, project: bool = True) -> nn.Sequential:
     """ResNet for 32x32 pixels and 10 classes: three stages of `blocks` blocks, of 1, 2 and 4 times `width` channels."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     channels = width
     for stage in range(3):
         for block in range(blocks):
-            layers.append(BasicBlock(channels, width * 2**stage, 2 if stage and not block else 1))
+            layers.append(BasicBlock(channels, width * 2**stage, 2 if stage and not block else 1, project))
             channels = width * 2**stage
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
@@ -80,12 +102,12 @@ def resnet(width: int, blocks: int) -> nn.Sequential:
 class Block(nn.Module):
     """A transformer's block: attention and an MLP, each after a LayerNorm."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int, causal: bool, bias: bool = True, dropout: float = 0.0):
         super().__init__()
-        self.heads, self.causal = heads, causal
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.heads, self.causal, self.drop = heads, causal, nn.Dropout(dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=bias), nn.LayerNorm(width, bias=bias)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width, bias), nn.GELU(), nn.Linear(4 * width, width, bias))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
@@ -93,24 +115,81 @@ class Block(nn.Module):
         if self.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(later, -torch.inf)
-        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop(self.out((self.drop(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
 
 class CharTransformer(nn.Module):
     """A transformer over characters, its output tied to the embedding; causal, or one that sees both sides."""
 
-    def __init__(self, vocabulary: int, length: int, width: int, depth: int, heads: int, causal: bool = True):
+    def __init__(
+        self, vocabulary: int, length: int, width: int, depth: int, heads: int, causal: bool = True,
+        bias: bool = True, dropout: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, causal) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(Block(width, heads, causal, bias, dropout) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, bias=bias)
         for table in (self.token, self.position):
             nn.init.normal_(table.weight, std=0.02)  # GPT-2's: at torch's 1 the tied output starts far off
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.token(x) + self.position.weight[: x.shape[1]]
+        h = self.drop(self.token(x) + self.position.weight[: x.shape[1]])
         return F.linear(self.norm(self.blocks(h)), self.token.weight)
+
+
+def gpt(vocabulary: int, length: int, width: int, depth: int, heads: int, **options: Any) -> CharTransformer:
+    """A causal transformer that starts as GPT-2 does: N(0, 0.02²), what a block adds by 1/sqrt(2 depth) less."""
+    model = CharTransformer(vocabulary, length, width, depth, heads, **options)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for block in model.blocks:
+        for layer in (block.out, block.mlp[-1]):
+            nn.init.normal_(layer.weight, std=0.02 / (2 * depth) ** 0.5)
+    return model
+
+
+class MixerBlock(nn.Module):
+    """MLP-Mixer's block: one MLP over the patches and one over the channels, each after a LayerNorm."""
+
+    def __init__(self, patches: int, width: int, across: int, within: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.across = nn.Sequential(nn.Linear(patches, across), nn.GELU(), nn.Linear(across, patches))
+        self.within = nn.Sequential(nn.Linear(width, within), nn.GELU(), nn.Linear(within, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.across(self.norm1(x).mT).mT
+        return x + self.within(self.norm2(x))
+
+
+def mixer(patch: int, width: int, depth: int) -> nn.Sequential:
+    """MLP-Mixer for grey images of 28x28 pixels and 10 classes.
+
+    The patches' biases start at 0, as its authors have it: a black patch gives the first LayerNorm nothing but zeros.
+    """
+    patches, cut = (28 // patch) ** 2, nn.Conv2d(1, width, patch, patch)
+    nn.init.zeros_(cut.bias)
+    blocks = [MixerBlock(patches, width, width // 2, 2 * width) for _ in range(depth)]
+    return nn.Sequential(cut, Rows(), *blocks, nn.LayerNorm(width), Mean(), nn.Linear(width, 10))
+
+
+class Rows(nn.Module):
+    """From channels of pixels to pixels with channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).mT
+
+
+class Mean(nn.Module):
+    """Over the pixels, or patches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
 
 
 class ViT(nn.Module):

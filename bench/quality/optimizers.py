@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,19 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
 from bench.quality.kfac import KFAC
 from bench.quality.muon import MuonWithAdamW
 from bench.quality.problem import Problem
 from bench.quality.schedule_free_plus import RefinedScheduleFree, ScheduleFreePlus
+from bench.quality.schedules import RECIPES, SCHEDULES, scheduler
 from lwas_fast import SGDLW, AdamWLW, averaged
 from lwas_fast.optimizer import LayerwiseOptimizer
 
-SCHEDULES = ("constant", "cosine", "warmup", "warmup_cosine")
-WARMUP = 0.1  # of the run, in both schedules that have one
 Factory = Callable[..., Optimizer]
 OURS = ("adamwlw", "sgdlw")
 SWEPT = {  # two a decade; where a task had its best rate at an end, rates beyond were run on it by name
@@ -74,16 +72,29 @@ class Rule:
     value: bool = False
 
 
+def _parameters(problem: Problem, named: bool = False) -> list[Any]:
+    """What is trained, in two groups where weight decay is for matrices alone; ours is to see names."""
+    pairs = list(problem.model.named_parameters())
+    matrices, rest = [pair for pair in pairs if pair[1].ndim > 1], [pair for pair in pairs if pair[1].ndim < 2]
+
+    def shown(some: list[tuple[str, torch.nn.Parameter]]) -> list[Any]:
+        return list(some) if named else [p for _, p in some]
+
+    if problem.only_matrices:
+        return [{"params": shown(matrices)}, {"params": shown(rest), "weight_decay": 0.0}]
+    return shown(pairs)
+
+
 def _of(module: str, name: str, **fixed: Any) -> Factory:
     def make(problem: Problem, **options: Any) -> Optimizer:
         kind = getattr(__import__(module), name)
-        return kind(list(problem.model.parameters()), **{**fixed, **options})
+        return kind(_parameters(problem), **{**fixed, **options})
 
     return make
 
 
 def _torch(kind: type[Optimizer], **fixed: Any) -> Factory:
-    return lambda problem, **options: kind(problem.model.parameters(), **{**fixed, **options})
+    return lambda problem, **options: kind(_parameters(problem), **{**fixed, **options})
 
 
 LAYERS: dict[str, Callable[[str], str]] = {"tensor": lambda name: name, "whole": lambda name: "model"}
@@ -91,7 +102,7 @@ LAYERS: dict[str, Callable[[str], str]] = {"tensor": lambda name: name, "whole":
 
 def _ours(kind: type[LayerwiseOptimizer]) -> Factory:
     def make(problem: Problem, layers: str | None = None, **options: Any) -> Optimizer:
-        return kind(problem.model.named_parameters(), layers=LAYERS[layers] if layers else None, **options)
+        return kind(_parameters(problem, named=True), layers=LAYERS[layers] if layers else None, **options)
 
     return make
 
@@ -153,8 +164,8 @@ class Name:
                 options[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
                 options[key] = value  # a word
-        if options.get("schedule", "constant") not in SCHEDULES:
-            raise ValueError(f"{text!r}: schedule must be one of {', '.join(SCHEDULES)}")
+        if options.get("schedule", "constant") not in (*SCHEDULES, *RECIPES):
+            raise ValueError(f"{text!r}: schedule must be one of {', '.join((*SCHEDULES, *RECIPES))}")
         return cls(base).having(**options)
 
     def having(self, **options: Any) -> Name:
@@ -186,19 +197,6 @@ def sweep(name: Name, schedules: Sequence[str] = ()) -> list[Name]:
     return [name.having(lr=lr, schedule=schedule) for schedule in schedules for lr in SWEPT[name.base]]
 
 
-def share_of_rate(schedule: str, steps: int) -> Callable[[int], float]:
-    """What a schedule leaves of the rate at each step: `warmup` rises to all of it, `cosine` falls to 0 at the end."""
-    warmup = max(1, round(WARMUP * steps)) if "warmup" in schedule else 0
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        gone = (step - warmup) / max(1, steps - warmup)
-        return (1 + math.cos(math.pi * gone)) / 2 if schedule.endswith("cosine") else 1.0
-
-    return share
-
-
 AVERAGE_EVERY = 10  # steps from one update of the average to the next
 BATCHES_FOR_NORM = 20  # that BatchNorm gathers its statistics from, of the weights that are judged
 
@@ -227,9 +225,7 @@ class Trainer:
         self.modes = self.rule.modes and options.get("schedule_free", True)
         self.differences = options.get("hvp") == "finite_difference"
         self.optimizer = self.rule.make(problem, **options)
-        self.scheduler = None
-        if schedule != "constant":
-            self.scheduler = LambdaLR(self.optimizer, share_of_rate(schedule, steps))
+        self.scheduler = scheduler(schedule, self.optimizer, steps)
         if self.modes:
             self.optimizer.train()
 
@@ -244,6 +240,8 @@ class Trainer:
         else:
             value = loss()
             value.backward(create_graph=self.rule.graph)
+        if self.problem.clip is not None:
+            clip_grad_norm_(self.model.parameters(), self.problem.clip)
         self.optimizer.step(*[value.item()] * self.rule.value)
         self.steps += 1
         if self.average is not None and self.steps % AVERAGE_EVERY == 0:

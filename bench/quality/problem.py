@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
+CHECKS = 12  # evaluations in a run, after the one at the start
 IGNORED = -100  # cross_entropy's label of what does not count
 
 
@@ -29,6 +30,8 @@ class Problem:
         parts: Inputs and targets of the fixed evaluation sets, by name, as batches.
         accuracy: Whether the targets are classes.
         penalty: Part of the objective that depends on the weights alone.
+        clip: Largest norm that a gradient keeps.
+        only_matrices: Whether weight decay is for matrices (and what has more dimensions) alone.
     """
 
     model: nn.Module
@@ -38,6 +41,8 @@ class Problem:
     parts: dict[str, list[Callable[[], Batch]]]
     accuracy: bool = True
     penalty: Callable[[nn.Module], Tensor] | None = None
+    clip: float | None = None
+    only_matrices: bool = False
 
     def batch(self, step: int) -> Batch:
         """A step's mini-batch; sets torch's random state."""
@@ -86,6 +91,8 @@ class Task:
         full_steps: Of the GPU size.
         make: From seed, full and device to a problem.
         weight_decay: The same for every optimizer, each in its own kind: decoupled, or in the gradient.
+        checks: Evaluations in a run, after the one at the start.
+        best: Whether a run is judged at the evaluation of lowest test loss, as some published numbers are.
     """
 
     name: str
@@ -94,6 +101,8 @@ class Task:
     full_steps: int
     make: Callable[[int, bool, str], Problem]
     weight_decay: float = 5e-4
+    checks: int = CHECKS
+    best: bool = False
 
     def build(self, seed: int, full: bool = False, device: str = "cpu") -> Problem:
         """Make model and mini-batches from a seed."""

@@ -13,7 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from bench.quality import store
-from bench.quality.optimizers import OURS, PARAMETER_FREE, RULES, SCHEDULES, SWEPT, SWEPT_WITH
+from bench.quality.optimizers import OURS, PARAMETER_FREE, RULES, SWEPT, SWEPT_WITH
+from bench.quality.schedules import SCHEDULES
 from bench.quality.store import Run
 from bench.quality.tasks import EVERY_TASK
 
@@ -86,9 +87,10 @@ def rows_of(found: Found) -> Rows:
         swept: dict[str, list[Runs]] = defaultdict(list)
         for name, runs in optimizers.items():
             base, options = runs[0].name.base, dict(runs[0].name.options)
-            if base in SWEPT and set(options) <= {*SWEPT_WITH, "average"} and "lr" in options:
+            schedule = options.get("schedule", "constant")
+            if base in SWEPT and set(options) <= {*SWEPT_WITH, "average"} and "lr" in options and schedule in SCHEDULES:
                 averaged = AVERAGED if "average" in options else ""
-                swept[f"{base}, best {options.get('schedule', 'constant')}{averaged}"].append(runs)
+                swept[f"{base}, best {schedule}{averaged}"].append(runs)
             else:
                 rows[name][task] = runs
         for row, candidates in swept.items():

@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.quality import store
 from bench.quality.optimizers import OURS, RULES, SCHEDULES, SWEPT, Name, Trainer, parts, sweep
 from bench.quality.problem import Problem, Task
-from bench.quality.store import CHECKS, OUT, Curve, Run, points
+from bench.quality.store import OUT, Curve, Run, points
 from bench.quality.tasks import EVERY_TASK, TASKS
 from lwas_fast.installed import describe
 
@@ -83,6 +83,11 @@ def warm_up(name: Name, problem: Problem) -> None:
         trainer.step().item()
 
 
+def best_check(losses: list[float]) -> int:
+    """Where a loss was lowest; what is not a number is never."""
+    return min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+
+
 def train(asked: Asked, steps: int, full: bool, device: str, progress: Any = None) -> Run:
     """Train once.
 
@@ -106,7 +111,7 @@ def train(asked: Asked, steps: int, full: bool, device: str, progress: Any = Non
     losses: list[float] = []
     curve = Curve([], [], {}, {})
     drawn = set(points(steps))
-    checks = set(points(steps, CHECKS))
+    checks = set(points(steps, task.checks))
 
     def evaluate(test: bool = True) -> None:
         with trainer.evaluating():
@@ -132,12 +137,13 @@ def train(asked: Asked, steps: int, full: bool, device: str, progress: Any = Non
             for layer, rate in trainer.rates().items():
                 curve.rates.setdefault(layer, []).append(rate)
         if taken in checks:
-            evaluate(test=taken == steps)
+            evaluate(test=task.best or taken == steps)
         if progress is not None:
             progress(taken)
     if not finite:
         evaluate()
     start, last = curve.checks["train"][0], curve.checks["train"][-1]
+    judged = best_check(curve.checks["test"]) if task.best else -1
     return Run(
         task=task.name,
         name=name,
@@ -148,9 +154,9 @@ def train(asked: Asked, steps: int, full: bool, device: str, progress: Any = Non
         parameters=sum(p.numel() for p in model.parameters()),
         weight_decay=dict(name.options).get("weight_decay", task.weight_decay),
         start=start,
-        train=last,
-        test=curve.checks["test"][-1],
-        accuracy=curve.checks["accuracy"][-1] if "accuracy" in curve.checks else None,
+        train=curve.checks["train"][judged],
+        test=curve.checks["test"][judged],
+        accuracy=curve.checks["accuracy"][judged] if "accuracy" in curve.checks else None,
         collapsed=not (finite and math.isfinite(last) and last <= start),
         seconds=seconds,
         peak_mib=peak_memory(device),
@@ -177,14 +183,35 @@ def missing(out: Path, asked: list[Asked], lengths: dict[str, int], full: bool) 
     return [(task, name, seed) for task, name, seed in asked if (task.name, str(name), seed) not in held]
 
 
+def seeds(text: str) -> list[int]:
+    """Read `0`, or `0-4`."""
+    low, _, high = text.partition("-")
+    if not (found := list(range(int(low), int(high or low) + 1))):
+        raise argparse.ArgumentTypeError(f"{text} are no seeds: give the lower first")
+    return found
+
+
+def joined(given: Sequence[str]) -> list[str]:
+    """Take names apart that came by commas or spaces, each with its options."""
+    texts: list[str] = []
+    for part in parts(",".join(given)):
+        if "=" in part and ":" not in part and texts:
+            texts[-1] += f",{part}"  # a further option of the name before
+        else:
+            texts.append(part)
+    return texts
+
+
+def refuse_missing(parser: argparse.ArgumentParser, names: Sequence[Name]) -> None:
+    """End with the command that installs what an optimizer needs and does not find."""
+    for name in names:
+        rule = RULES[name.base]
+        if rule.module and importlib.util.find_spec(rule.module) is None:
+            parser.error(f"{name} needs {rule.module}: pip install {rule.package}")
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; what could fail only after minutes of training is refused here."""
-
-    def seeds(text: str) -> list[int]:
-        low, _, high = text.partition("-")
-        if not (found := list(range(int(low), int(high or low) + 1))):
-            raise argparse.ArgumentTypeError(f"{text} are no seeds: give the lower first")
-        return found
 
     def schedules(text: str) -> list[str]:
         if unknown := set(text.split(",")) - set(SCHEDULES):
@@ -217,14 +244,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="the GPU's sizes")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER")
     args = parser.parse_args(argv)
-    texts: list[str] = []
-    for part in parts(",".join(args.optimizers)):
-        if "=" in part and ":" not in part and texts:
-            texts[-1] += f",{part}"  # a further option of the name before
-        else:
-            texts.append(part)
     try:
-        names = [Name.parse(text) for text in texts]
+        names = [Name.parse(text) for text in joined(args.optimizers)]
         args.tasks = [EVERY_TASK[name] for name in args.tasks.split(",")]
     except (ValueError, KeyError) as error:
         parser.error(
@@ -233,22 +254,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.optimizers = [
         n for name in names for n in (sweep(name, args.schedules) if args.sweep and name.base in SWEPT else [name])
     ]
-    for name in args.optimizers:
-        rule = RULES[name.base]
-        if rule.module and importlib.util.find_spec(rule.module) is None:
-            parser.error(f"{name} needs {rule.module}: pip install {rule.package}")
+    refuse_missing(parser, args.optimizers)
     if args.steps is not None and args.steps < 1:
         parser.error("--steps must be at least 1")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing."""
+    """Run what is asked for."""
     args = parse(argv)
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")  # Trainer breaks the cycle
     every = [(task, name, seed) for seed in args.seeds for task in args.tasks for name in args.optimizers]
     lengths = {task.name: args.steps or (task.full_steps if args.full else task.steps) for task in args.tasks}
+    run_missing(every, lengths, args)
+
+
+def run_missing(every: list[Asked], lengths: dict[str, int], args: argparse.Namespace) -> None:
+    """Run what is not in `args.out` yet, and write it there; `args.full` and `args.device` say how.
+
+    Raises:
+        SystemExit: A run is there with another length, or one failed.
+    """
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")  # Trainer breaks the cycle
     try:
         runs = missing(args.out, every, lengths, args.full)
     except ValueError as error:

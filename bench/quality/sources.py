@@ -38,9 +38,17 @@ def fashion_pixels() -> tuple[Tensor, Tensor]:
     return unit_range(images.x_train).flatten(1), unit_range(images.x_test).flatten(1)
 
 
+def encoded(text: str) -> tuple[Tensor, Tensor, int]:
+    """A text as numbers of its characters: the first nine tenths, the last tenth, the size of the alphabet."""
+    alphabet = {c: i for i, c in enumerate(sorted(set(text)))}
+    codes = torch.tensor([alphabet[c] for c in text])
+    cut = len(codes) * 9 // 10
+    return codes[:cut], codes[cut:], len(alphabet)
+
+
 @cache
 def bible() -> tuple[Tensor, Tensor, int]:
-    """The King James Bible as characters: the first nine tenths, the last tenth, the size of the alphabet."""
+    """The King James Bible as characters, in two parts, and the size of the alphabet."""
     program = shutil.which("bible")
     if program is None:
         raise FileNotFoundError(
@@ -52,10 +60,13 @@ def bible() -> tuple[Tensor, Tensor, int]:
     text = re.sub(r"^\S+:\d+ +", "", found, flags=re.MULTILINE)  # the verses' numbers
     if len(text) < 3_500_000:
         raise FileNotFoundError(f"`{' '.join(command)}` gave {len(text)} characters only: reinstall bible-kjv")
-    alphabet = {c: i for i, c in enumerate(sorted(set(text)))}
-    codes = torch.tensor([alphabet[c] for c in text])
-    cut = len(codes) * 9 // 10
-    return codes[:cut], codes[cut:], len(alphabet)
+    return encoded(text)
+
+
+@cache
+def shakespeare() -> tuple[Tensor, Tensor, int]:
+    """Tiny Shakespeare, likewise; see bench/data.py."""
+    return encoded(data.load_shakespeare())
 
 
 @cache

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality.optimizers import Name
+from bench.quality.problem import CHECKS
 
 OUT = Path(__file__).parents[1] / "results" / "quality"
 CURVES, ENVIRONMENTS = "curves.jsonl", "environments.json"
-POINTS, CHECKS = 50, 12  # of a run's curve; evaluations after the one at the start, the last at the end
+POINTS = 50  # of a run's curve
 CHECKS_BEFORE = 6  # of runs up to November 2026; twelve include these, and cost as much without the test set
 Key = tuple[str, str, int]  # task, name, seed
 
@@ -40,8 +41,8 @@ class Curve:
     Attributes:
         seconds: At each point; none where nothing draws them.
         loss: Mean of the mini-batches since the point before.
-        checks: The training loss at the start and after each twelfth of the run (`checked`), or where it ended; None
-            for NaN. The test set's metrics at the start and the end, until they are thinned out.
+        checks: The training loss at the start and after equal parts of the run (`checked`), or where it ended; None for
+            NaN. The test set's metrics at the start and the end, until they are thinned out.
         rates: Each layer's rate at each point, of ours.
     """
 
@@ -87,8 +88,9 @@ COLUMNS: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
-def points(steps: int, count: int = POINTS) -> list[int]:
+def points(steps: int, count: int | None = None) -> list[int]:
     """The steps that a run's curve has points at, or so many checks."""
+    count = POINTS if count is None else count
     return sorted({round(steps * (i + 1) / count) for i in range(count)} - {0})
 
 

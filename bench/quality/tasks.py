@@ -61,10 +61,13 @@ def reconstruct(
     full: bool,
     device: str,
     small: tuple[int, ...] | None = None,
+    start: Callable[[nn.Module], object] = same,
 ) -> Problem:
     """An autoencoder's problem; the loss is a mean over pixels and images."""
     x, x_test = (part.to(device) for part in pixels())
-    model = models.autoencoder(widths if full or small is None else small).to(device)
+    model = models.autoencoder(widths if full or small is None else small)
+    start(model)
+    model.to(device)
     indices = sampler(len(x), batch, seed)
 
     def draw(step: int) -> Batch:
@@ -86,6 +89,16 @@ def fashion_cnn(seed: int, full: bool, device: str, images: int = 60_000, batch:
     data = sources.fashion()
     train = data.x_train[:images], data.y_train[:images]
     return classify(SmallCNN(28, 10), train, (data.x_test, data.y_test), seed, batch, device)
+
+
+def fashion_mixer(seed: int, full: bool, device: str, batch: int = 32) -> Problem:
+    """MLP-Mixer on pixels in 0..1, whose black background is zeros; evaluated on as many images as `cifar` is."""
+    data = sources.fashion()
+    x, x_test = sources.unit_range(data.x_train), sources.unit_range(data.x_test)
+    tested = len(x_test) if full else 2000
+    model = models.mixer(4, 256, 8) if full else models.mixer(7, 192, 4)
+    test = x_test[:tested], data.y_test[:tested]
+    return classify(model, (x, data.y_train), test, seed, batch, device, evaluated=tested)
 
 
 def cifar(
@@ -118,9 +131,14 @@ def characters(
     full: bool,
     device: str,
     masked: bool = False,
+    text: Callable[[], tuple[Tensor, Tensor, int]] = sources.bible,
+    windows: int = 256,
 ) -> Problem:
-    """Predict the King James Bible's next character, or the ones hidden, from windows drawn anew at every step."""
-    train, test, alphabet = sources.bible()
+    """Predict a text's next character, or the ones hidden, from windows drawn anew at every step.
+
+    Each part is evaluated on so many fixed windows, spread evenly over it.
+    """
+    train, test, alphabet = text()
     length, batch = (256, 64) if full else (length, batch)
     window = torch.arange(length + 1)
 
@@ -134,7 +152,7 @@ def characters(
     def part(text: Tensor) -> list[Callable[[], Batch]]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what is hidden is the same for every seed
-            batches = [cut(text, some) for some in torch.linspace(0, len(text) - length - 1, 256).long().split(64)]
+            batches = [cut(text, some) for some in torch.linspace(0, len(text) - length - 1, windows).long().split(64)]
         return [lambda batch=batch: batch for batch in batches]
 
     parts = {"train": part(train), "test": part(test)}
@@ -143,6 +161,10 @@ def characters(
 
 def transformer(alphabet: int, full: bool, causal: bool = True) -> nn.Module:
     return models.CharTransformer(alphabet, *((256, 384, 6, 6) if full else (64, 64, 2, 4)), causal)
+
+
+def gpt(alphabet: int, full: bool) -> nn.Module:
+    return models.gpt(alphabet, *((256, 384, 6, 6) if full else (64, 128, 3, 4)))
 
 
 def lstm(alphabet: int, full: bool) -> nn.Module:
@@ -202,12 +224,21 @@ ALL = (
         partial(reconstruct, (784, 400, 200, 100, 50, 25, 6), sources.curves, BCE, 128), 1e-5,
     ),
     Task(
+        "ae_curves_init", "the same, started sparsely as Martens (2010) does", 2000, 10_000,
+        partial(
+            reconstruct, (784, 400, 200, 100, 50, 25, 6), sources.curves, BCE, 128, start=models.sparse_start
+        ),
+        1e-5,
+    ),
+    Task(
         "ae_faces", "625-250-125-62-30 (625-2000-1000-500-30) autoencoder, ORL faces, squared error", 3000, 10_000,
         partial(reconstruct, (625, 2000, 1000, 500, 30), sources.faces, F.mse_loss, 64, small=(625, 250, 125, 62, 30)),
         1e-5,
     ),
     Task("transformer", "2 layers of 64, King James Bible", 700, 5000, partial(characters, transformer, 64, 32)),
-    Task("masked", "the same model, but of hidden characters (15 %)", 700, 5000,
+    Task("gpt", "3 layers of 128 (6 of 384), started as GPT-2, tiny Shakespeare", 3000, 5000,
+         partial(characters, gpt, 64, 12, text=sources.shakespeare)),
+    Task("masked", "the transformer, but of hidden characters (15 %)", 700, 5000,
          partial(characters, partial(transformer, causal=False), 64, 32, masked=True)),
     Task("lstm", "128 units, King James Bible", 1000, 5000, partial(characters, lstm, 64, 32)),
     Task("gcn", "2 layers of 16, Cora", 200, 200, cora_gcn, 0.0),
@@ -217,6 +248,10 @@ ALL = (
          partial(cifar, lambda full: models.vgg(16, 1 if full else 8))),
     Task("resnet", "ResNet-8 of width 8 (ResNet-32 of 16), CIFAR-10", 300, 20_000,
          partial(cifar, lambda full: models.resnet(16, 5) if full else models.resnet(8, 1))),
+    Task("bn", "ResNet-8 of width 42 on half the pixels (ResNet-14 of 64), mini-batches of 32, CIFAR-10", 3000, 20_000,
+         partial(cifar, lambda full: models.resnet(64, 2) if full else models.resnet(42, 1, stride=2), batch=32)),
+    Task("mixer", "MLP-Mixer, 4 blocks of 192 on 16 patches (8 of 256 on 49), mini-batches of 32, Fashion-MNIST", 3000,
+         20_000, fashion_mixer),
     Task("vit", "2 layers of 48 (6 of 192), CIFAR-10", 300, 20_000,
          partial(cifar, lambda full: models.ViT(4, 192, 6, 6) if full else models.ViT(4, 48, 2, 4))),
 )  # fmt: skip

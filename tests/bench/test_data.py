@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("scipy")
 image = pytest.importorskip("PIL.Image")
 from bench import data  # noqa: E402
+from bench.quality import sources  # noqa: E402
 
 
 @pytest.fixture
@@ -134,6 +135,16 @@ def test_bad_cora_is_refused(folder: Path, changed: dict[str, list], message: st
         data.load_cora()
 
 
+def test_shakespeare_is_read_as_it_is_and_no_other_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tinyshakespeare.txt").write_bytes("Ay,\r\nthé".encode())
+    with pytest.raises(ValueError, match="tinyshakespeare.txt: 8 characters, expected 1115394"):
+        data.load_shakespeare()
+    monkeypatch.setattr(data, "SHAKESPEARE_SIZE", 8)
+    assert data.load_shakespeare() == "Ay,\r\nthé"
+    first, last, kinds = sources.encoded("abcab" * 4)
+    assert first.tolist() == [0, 1, 2, 0, 1] * 3 + [0, 1, 2] and last.tolist() == [0, 1] and kinds == 3
+
+
 def test_foreign_files_are_refused_by_name(folder: Path) -> None:
     for name, load in (("cora", data.load_cora), ("cifar10_train", data.load_cifar10)):
         np.savez(folder / f"{name}.npz", indptr=[0])
@@ -141,7 +152,10 @@ def test_foreign_files_are_refused_by_name(folder: Path) -> None:
             load()
 
 
-@pytest.mark.parametrize(("load", "how"), [(data.load_cifar10, "download=True"), (data.load_cora, "Planetoid")])
+@pytest.mark.parametrize(
+    ("load", "how"),
+    [(data.load_cifar10, "download=True"), (data.load_cora, "Planetoid"), (data.load_shakespeare, "char-rnn")],
+)
 def test_what_is_missing_is_named_with_the_way_to_get_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[[], object], how: str
 ) -> None:

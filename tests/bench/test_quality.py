@@ -22,7 +22,7 @@ from torch.nn import functional as F
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # bench is no package that one installs
-from bench.quality import report, run, store, tasks  # noqa: E402
+from bench.quality import models, report, run, store, tasks  # noqa: E402
 from bench.quality.kfac import KFAC  # noqa: E402
 from bench.quality.optimizers import BATCHES_FOR_NORM, RULES, Name, Trainer, sweep  # noqa: E402
 
@@ -64,6 +64,33 @@ def test_task_trains_two_steps_and_depends_on_seed_and_step_alone(name):
     assert again.loss(again.model, 1).item() != losses[0]
     assert other.loss(other.model, 0).item() != losses[0]
     assert other.loss(again.model, 0).item() != losses[0]  # not the weights alone
+
+
+def test_the_long_tasks_are_long():
+    for name in ("gpt", "bn", "mixer"):
+        assert tasks.TASKS[name].steps >= 3000
+    for model in (tasks.gpt(65, False), models.resnet(42, 1, stride=2), models.mixer(7, 192, 4)):
+        assert sum(p.numel() for p in model.parameters()) >= 500_000
+
+
+def test_sparse_start_has_fifteen_weights_a_unit_of_variance_1():
+    model = models.autoencoder((784, 400, 200, 100, 50, 25, 6))
+    models.sparse_start(model)
+    for layer in (layer for layer in model if isinstance(layer, torch.nn.Linear)):
+        assert not layer.bias.any() and ((layer.weight != 0).sum(1) == min(15, layer.in_features)).all()
+    first = model[1].weight
+    assert first[first != 0].std().item() == pytest.approx(1, abs=0.05)
+    assert (first[0] != 0).nonzero().tolist() != (first[1] != 0).nonzero().tolist()
+
+
+def test_a_black_patch_gives_the_mixers_first_norm_zeros():
+    model = models.mixer(7, 192, 4)
+    patches = model[:2](torch.zeros(2, 1, 28, 28))
+    assert patches.shape == (2, 16, 192) and not patches.any()
+    image = torch.zeros(1, 1, 28, 28)
+    image[..., :7, 7:14] = 1  # the second patch, row by row
+    assert model[:2](image)[0].any(1).tolist() == [False, True, *[False] * 14]
+    assert model(torch.rand(3, 1, 28, 28)).shape == (3, 10)
 
 
 def test_evaluation_changes_nothing():
