@@ -34,7 +34,8 @@ class AdamWRule(Rule):
     buffers_schedule_free = ("offset", "exp_avg_sq")
     cap_schedule_free, cap_with_momentum = 0.2, 0.1
     decoupled = True
-    max_fall = 10.0  # one measurement at a flat start is forgotten after a few, not after hundreds of steps
+    # One measurement that is far off, at a flat start or beside a layer of absurd curvature, is made good by a few.
+    max_growth, max_fall = 100.0, 10.0
     operator = "adamw_step"
 
     @override
@@ -109,7 +110,7 @@ class AdamWLW(LayerwiseOptimizer):
             and decay of the average of the gradient's square, shorter than torch's 0.999, so that a burst of gradients
             does not hold a layer's direction down for a thousand steps; each in [0, 1).
         eps: Added to the denominator; greater than 0.
-        weight_decay: Decoupled decay; it enters the measured curvature too.
+        weight_decay: Decoupled decay; it is no part of the measured curvature.
         ramp_steps: Steps after warm-up over which measured rates grow linearly from 0 to full.
         cap: Most that a rate is to move a layer (schedule-free: its iterate) in a step, before `lr`, ramp and weight
             decay, as a share of the norm of its N weights, which counts as 0.01·√N at least. Default 0.2, with momentum

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ class SGDRule(Rule):
     buffers_schedule_free = ("offset",)
     cap_schedule_free, cap_with_momentum = 0.15, 0.03
     decoupled = False
-    max_fall = math.inf  # along the gradient itself curvature changes more than tenfold from batch to batch
     operator = "sgd_step"
 
     @override

@@ -16,7 +16,7 @@ from torch import nn
 
 from lwas_fast.measure.probes import draw_signs
 
-SHARP = 1e12
+SHARP = 1e6
 
 
 def one_sharp_layer(layers):
@@ -30,7 +30,7 @@ def one_sharp_layer(layers):
 
 def of_quadratic(kind, how, **options):
     """Measured at 13 of 121 steps that move nothing."""
-    weights = [nn.Parameter(0.1 + torch.rand(3, dtype=torch.float64) * 10.0 ** -(6 * (i == 4))) for i in range(5)]
+    weights = [nn.Parameter(0.1 + torch.rand(3, dtype=torch.float64) * 10.0 ** -(3 * (i == 4))) for i in range(5)]
     named = [(f"layer{i}.w", w) for i, w in enumerate(weights)]
     opt = OPTIMIZERS[kind](named, lr=0.0, **options)
     for _ in range(121):

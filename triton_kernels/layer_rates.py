@@ -15,7 +15,7 @@ from enum import IntEnum
 import triton
 import triton.language as tl
 
-from lwas_fast.options import MAX_GROWTH, SELF_CONCORDANCE
+from lwas_fast.options import SELF_CONCORDANCE
 from lwas_fast.table import Column, Sums
 
 CHUNK = 16384  # elements that a program sums up; a multiple of BLOCK
@@ -59,7 +59,8 @@ class Numbers(IntEnum):
     DECAY = 2  # what L2 adds to the curvature
     BETA = 3  # of the averages over measurements
     UNMEASURED = 4  # rate of a layer never measured
-    MAX_FALL = 5  # most that its rate may exceed a measured one, as a factor
+    MAX_GROWTH = 5  # most that a measured rate may exceed the layer's, as a factor
+    MAX_FALL = 6  # most that its rate may exceed a measured one
 
 
 def _names(*members: IntEnum) -> list[tl.constexpr]:
@@ -70,7 +71,7 @@ def _names(*members: IntEnum) -> list[tl.constexpr]:
 _AVERAGE, _WEIGHT, _DESCENT, _CURVATURE = _names(Column.AVERAGE, Column.WEIGHT, Column.DESCENT, Column.CURVATURE)
 _REFRESHES, _NEGATIVE, _NONFINITE = _names(Column.REFRESHES, Column.NEGATIVE, Column.NONFINITE)
 _NO_DESCENT, _GREW, _DECREMENT = _names(Column.NO_DESCENT, Column.GROWTH, Column.DECREMENT)
-_SIGN, _SCALE, _DECAY, _BETA, _UNMEASURED, _MAX_FALL = _names(*Numbers)
+_SIGN, _SCALE, _DECAY, _BETA, _UNMEASURED, _MAX_GROWTH, _MAX_FALL = _names(*Numbers)
 _GRADIENT_AT, _DIRECTION_AT, _PRODUCT_AT, _KIND_AT = _names(*Tensors)
 _TENSOR_AT, _NUMBER_AT, _COUNT_AT, _LAYER_AT = _names(*Chunks)
 _FIRST_AT, _CHUNKS_AT, _ROW_AT, _FACTOR_AT = _names(*Layers)
@@ -78,7 +79,7 @@ _DESCENT_SUM, _CURVATURE_SUM, _SQUARE_SUM = _names(*Sums)
 _COLUMNS, _SUMS, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Sums)), tl.constexpr(len(Numbers))
 _TENSORS, _CHUNKS, _LAYERS = tl.constexpr(len(Tensors)), tl.constexpr(len(Chunks)), tl.constexpr(len(Layers))
 _LANES = tl.constexpr(1 << (len(Column) - 1).bit_length())  # of a row: a power of two
-_HALF_M, _MAX_GROWTH = tl.constexpr(0.5 * SELF_CONCORDANCE), tl.constexpr(MAX_GROWTH)
+_HALF_M = tl.constexpr(0.5 * SELF_CONCORDANCE)
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def _finish(descent, sampled, square, row, numbers, new):
 
     known = weight > 0
     present = tl.where(known, tl.div_rn(average, tl.where(known, weight, 1.0)), tl.load(numbers + _UNMEASURED))
-    limit = _MAX_GROWTH * present
+    limit = present * tl.load(numbers + _MAX_GROWTH)
     grew = usable & known & (rate > limit)
     rate = tl.where(grew, limit, rate)
 

@@ -79,7 +79,8 @@ class Probe:
         scale: What raw products are to be multiplied by: micro-batches in the window, over the loss scale, negative for
             maximize. A float or a tensor without dimension.
         l2: What L2 adds to the curvature, times the squared length: it is part of the loss, decoupled decay is not.
-        max_fall: See `Rule.max_fall`.
+        max_growth: See `Rule`.
+        max_fall: Likewise.
     """
 
     bucket: Bucket
@@ -88,6 +89,7 @@ class Probe:
     signs: list[float]
     scale: Tensor | float
     l2: float = 0.0
+    max_growth: float = math.inf
     max_fall: float = math.inf
 
     @property
@@ -184,8 +186,8 @@ def make_probes(
         if used is scaled and as_is:
             used = raw  # half the memory, where it is of half precision
         l2 = 0.0 if subject.rule.decoupled else group["weight_decay"]
-        vectors, max_fall = Vectors(used, directions), subject.rule.max_fall
-        probes.append(Probe(bucket, selection, vectors, own, of_product, l2, max_fall))
+        limits = subject.rule.max_growth, subject.rule.max_fall
+        probes.append(Probe(bucket, selection, Vectors(used, directions), own, of_product, l2, *limits))
     return probes
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lwas_fast.layers import upload
 from lwas_fast.measure import Probe, Products
-from lwas_fast.options import MAX_GROWTH, SELF_CONCORDANCE
+from lwas_fast.options import SELF_CONCORDANCE
 from lwas_fast.rates.when import memory
 from lwas_fast.table import Column, Sums
 
@@ -112,7 +112,7 @@ def refresh(probe: Probe, sums: Tensor, group: dict[str, Any]) -> Tensor:
     no_descent = ~nonfinite & (descent <= 0)
     usable = ~(nonfinite | no_descent)
 
-    limit = MAX_GROWTH * current(table, group["warmup_rate"])
+    limit = probe.max_growth * current(table, group["warmup_rate"])
     known = table[:, Column.WEIGHT] > 0
     grown = usable & known & (rate > limit)
     rate = torch.where(grown, limit, rate)

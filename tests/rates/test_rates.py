@@ -104,7 +104,9 @@ class Problem:
             directions.append(d)
             products.append(torch.where(d == 0, 0.0, u))
         self.shrunk /= self.case.growing
-        probe = Probe(self.bucket, self.selection, Vectors(self.gradients, directions), self.signs, 1.0, max_fall=10.0)
+        probe = Probe(
+            self.bucket, self.selection, Vectors(self.gradients, directions), self.signs, 1.0, 0.0, 100.0, 10.0
+        )
         self._tell_reference(products, directions)
         return probe, Products(products, self.case.factor)
 
