@@ -13,7 +13,7 @@ down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← 
     v⁺ = β₂v + (1−β₂)g²    v̂ = v⁺/(1−β₂ⁿ)     D = 1/(√v̂ + ε)
     d  = −Dg
     c  = z_λ⟨d_λ, (Hv)_λ⟩/s_λ, v = (z_μ s_μ d_μ)_μ (signs), or ⟨d_λ, H_λλ d_λ⟩ (blocks)
-    s  = 1, but h/√|c| rounded down to a power of two where √|c| > 20h; c here of the last refresh, h median of √|c|
+    s  = 1, but h/√|c| rounded down to a power of two where √|c| > 8h; c here of the last refresh, h median of √|c|
     ρ  = −⟨g, d⟩           q = ‖d‖²           δ² = |c| (AdamW), |c| + γq (SGD)
     β  = exp(−T/rate_horizon), 0 for a horizon of 0; it is max(100, 5T), T the steps since the last refresh
     Λ² = mean of (ρ/δ)² over refreshes, this one too: (βD + (1−β)(ρ/δ)²)/(βw + (1−β)), D kept as E is
@@ -215,7 +215,7 @@ class Reference:
         size = [abs(last["curvature"]) ** 0.5 for last in self.last]
         known = sorted(x for x in size if x == x)
         half = known[(len(known) - 1) // 2] if known else 0.0
-        return [2.0 ** math.floor(math.log2(half / x)) if x > 20 * half > 0 else 1.0 for x in size]
+        return [2.0 ** math.floor(math.log2(half / x)) if x > 8 * half > 0 else 1.0 for x in size]
 
     def _update(self, i: int, g: Tensor) -> None:
         h, self.applied[i], alive = self.hyper, 0.0, (g * g).isfinite()

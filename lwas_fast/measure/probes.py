@@ -194,7 +194,7 @@ def make_probes(
 # Square roots of measured curvatures lie within a factor of 6 of their median where nothing is wrong (AdamWLW on the
 # tasks of docs/results.md; SGDLW on embeddings up to 70). Of a layer dominated by another's terms only the root of the
 # true ratio shows, so this is to be small.
-_LONE = 20.0
+_LONE = 8.0
 
 
 @torch.no_grad()
