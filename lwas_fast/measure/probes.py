@@ -214,7 +214,9 @@ def shares(probes: Sequence[Probe], estimator: str, lengths: Sequence[Tensor] | 
         rows = probe.rows
         delta = rows[:, Column.CURVATURE].abs().sqrt() * (1.0 if lengths is None else lengths[p])
         deltas.append(torch.where(rows[:, Column.WEIGHT] > 0, delta, torch.nan))
-    median = torch.cat([delta.to(deltas[0].device) for delta in deltas]).nanmedian()
+    ordered = torch.cat([delta.to(deltas[0].device) for delta in deltas]).sort().values  # NaN last
+    half = (ordered.isfinite().sum() - 1).clamp(min=0) // 2
+    median = ordered.gather(0, half.view(1))[0]  # not nanmedian, which may wait for the device to know an index
     found = []
     for delta in deltas:
         middle = median.to(delta)
