@@ -1,11 +1,11 @@
 """The optimizers by name, all driven alike: ours, torch's, and those of other packages where they are installed.
 
 A name may carry options: `adamwlw:update_every=5`, `adamw:lr=1e-3,schedule=cosine`, `adamwlw:average=0.05`;
-with the last, the average is judged (lwas_fast.averaged). Ours may have `layers=tensor` or `layers=whole`, one rate
-each. What is not given has the package's default, but for the weight decay, which is the task's. AdaHessian, Sophia-H,
-Shampoo and both Schedule-Free AdamW have a rate, `lr`, whose default was made for other tasks; DoG is judged by its
-last weights, not by its authors' average. Schedules: `constant`, `cosine` to 0 at the end, `warmup` over the first
-tenth of the run, and `warmup_cosine`, both.
+with the last, the average is judged (lwas_fast.averaged); with `times=1e4` the loss is multiplied by that. Ours may
+have `layers=tensor` or `layers=whole`, one rate each. What is not given has the package's default, but for the weight
+decay, which is the task's. AdaHessian, Sophia-H, Shampoo and both Schedule-Free AdamW have a rate, `lr`, whose default
+was made for other tasks; DoG is judged by its last weights, not by its authors' average. Schedules: `constant`,
+`cosine` to 0 at the end, `warmup` over the first tenth of the run, and `warmup_cosine`, both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -220,6 +219,7 @@ class Trainer:
         self.rule = RULES[name.base]
         options = {"weight_decay": weight_decay, **dict(name.options)}
         schedule, share = options.pop("schedule", "constant"), options.pop("average", None)
+        self.times = options.pop("times", 1.0)
         self.problem, self.model, self.steps = problem, problem.model, 0
         self.average = None if share is None else averaged(self.model, share)
         self.modes = self.rule.modes and options.get("schedule_free", True)
@@ -234,7 +234,10 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.rule.data:
             self.optimizer.measure(*self.problem.batch(self.steps))
-        loss = partial(self.problem.loss, self.model, self.steps)
+
+        def loss() -> Tensor:
+            return self.times * self.problem.loss(self.model, self.steps)
+
         if isinstance(self.optimizer, LayerwiseOptimizer):
             value = self.optimizer.backward(loss if self.differences else loss())
         else:
@@ -250,7 +253,7 @@ class Trainer:
             self.scheduler.step()
         if self.rule.graph:  # gradients with a graph keep their parameters alive in a cycle
             self.optimizer.zero_grad(set_to_none=True)
-        return value.detach()
+        return value.detach() / self.times
 
     def rates(self) -> dict[str, float]:
         """Each layer's rate, of ours."""

@@ -10,16 +10,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.quality import costs, steps
+from bench.quality import costs, published, steps
 from bench.quality.optimizers import OURS
 from bench.quality.results import Found, rows_of, without_variants
+from bench.quality.schedules import SCHEDULES
 from bench.quality.tables import against, equal_time, finals, sizes, variants
 
 ROOT = Path(__file__).parents[2]
 MAIN = (
     "cnn", "mlp", "few", "ae_fashion", "ae_curves", "ae_faces", "transformer", "lstm", "gcn", "vgg11", "resnet",
 )  # fmt: skip
-MORE = ("mlp_32", "mlp_512", "mlp_1024", "masked", "vgg16", "vit")
+MORE = ("mlp_32", "mlp_512", "mlp_1024", "masked", "vgg16", "vit", "gpt", "bn", "mixer")
 HEADLINE = {  # the tasks of steps to the same loss, which are in the order of the worst
     "cnn": "CNN, Fashion-MNIST",
     "mlp": "MLP, Fashion-MNIST",
@@ -34,17 +35,19 @@ HEADLINE = {  # the tasks of steps to the same loss, which are in the order of t
     "gcn": "GCN, Cora",
     "vgg11": "VGG11, CIFAR-10",
     "resnet": "ResNet-8, CIFAR-10",
+    "gpt": "transformer, tied, 3000 steps",
+    "bn": "ResNet-8, wide, 3000 steps",
+    "mixer": "MLP-Mixer, 3000 steps",
 }
-ADAMW = ("adamw, best constant", "adamw, best cosine")
+ADAMW = tuple(f"adamw, best {schedule}" for schedule in SCHEDULES)
 SCHEDULE_FREE = {"Schedule-Free": steps.RIVALS["adamwlw"]["Schedule-Free"]}
-TIMES = {"update_every", "warmup_steps"}
 
 
 def tables(found: Found, results: Path) -> dict[str, Callable[[], list[str]]]:
     """Every table by its name in the pages."""
     rows = rows_of(found)
     plain = without_variants(rows)
-    short = {row: plain[row] for row in (*ADAMW, *OURS)}
+    short = {row: plain[row] for row in (*ADAMW, *OURS) if row in plain}
     return {
         "results": lambda: steps.table("adamwlw", plain, HEADLINE),
         "steps schedule-free": lambda: steps.table("adamwlw", plain, HEADLINE, SCHEDULE_FREE),
@@ -69,11 +72,10 @@ def tables(found: Found, results: Path) -> dict[str, Callable[[], list[str]]]:
         "more accuracy": lambda: finals("accuracy", short, MORE),
         "more against adamwlw": lambda: against("adamwlw", short, MORE),
         "more against sgdlw": lambda: against("sgdlw", short, MORE),
-        "measuring adamwlw": lambda: variants("adamwlw", rows, found, lambda options: options <= TIMES),
-        "options adamwlw": lambda: variants("adamwlw", rows, found, lambda options: not options <= TIMES),
-        "options sgdlw": lambda: variants(
-            "sgdlw:ramp_steps=0", rows, ("mlp", "ae_faces"), lambda options: len(options) == 1 or options <= TIMES
-        ),
+        "ramp": lambda: variants("adamwlw", rows, found, lambda options: options == {"ramp_steps"}),
+        "scale adamwlw": lambda: variants("adamwlw", rows, found, lambda options: options == {"times"}),
+        "scale sgdlw": lambda: variants("sgdlw:weight_decay=0", rows, found, lambda options: options == {"times"}),
+        "published": lambda: published.table(results / "published"),
     }
 
 

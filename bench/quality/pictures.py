@@ -116,23 +116,8 @@ SWEPT_ROWS = (
 PICTURES: dict[str, tuple[Draw, str, tuple[str, ...]]] = {  # of docs/images, each with its task and rows
     "quality-resnet.png": (draw_losses, "resnet", (*SWEPT_ROWS, "prodigy", *OURS)),
     "quality-ae_curves.png": (draw_losses, "ae_curves", (*SWEPT_ROWS, "kfac, best constant", "prodigy", *OURS)),
-    "quality-vgg11.png": (
-        draw_losses,
-        "vgg11",
-        (
-            *SWEPT_ROWS[2:4],
-            "adamwlw",
-            "adamwlw:update_every=5,warmup_steps=50",
-            "sgdlw",
-            "sgdlw:ramp_steps=0,update_every=5,warmup_steps=50",
-        ),
-    ),
-    "quality-gcn-rates.png": (draw_rates, "gcn", ("adamwlw:update_every=1",)),
-    "quality-vgg16-costs.png": (
-        draw_costs,
-        "vgg16",
-        ("adamwlw", *(f"adamwlw:update_every={T}" for T in (5, 10, 15, 20, 25))),
-    ),
+    "quality-transformer.png": (draw_losses, "transformer", (*SWEPT_ROWS, "sf_plus", *OURS)),
+    "quality-gcn-rates.png": (draw_rates, "gcn", ("adamwlw",)),
 }
 
 
