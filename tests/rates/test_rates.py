@@ -21,7 +21,7 @@ from lwas_fast import AdamWLW
 from lwas_fast.measure import Probe, Products, Vectors
 from lwas_fast.rates import launch
 from lwas_fast.rates.closed_form import layer_sums, refresh
-from lwas_fast.table import Column
+from lwas_fast.table import Column, Sums
 
 # Of numpy, in the interpreter: a branch not taken may divide by zero.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -184,6 +184,18 @@ def unaligned(tensor):
 
 def channels_last(tensor):
     return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def test_l2_is_curvature(implementation):
+    problem = Problem(Case())
+    probe, products = problem.measure()
+    found = problem.refresh(implementation, dataclasses.replace(probe, l2=0.3), products, {})
+    sums = layer_sums(probe, products)
+    assert (sums[:, Sums.CURVATURE] > 0).all()
+    sums[:, Sums.CURVATURE] += 0.3 * sums[:, Sums.SQUARE]
+    expected = refresh(probe, sums, problem.opt.param_groups[0])
+    at = [Column.AVERAGE, Column.WEIGHT, Column.DECREMENT, Column.REFRESHES]
+    torch.testing.assert_close(found[:, at], expected[:, at], rtol=2e-6, atol=0)
 
 
 LAYOUTS = {"transposed": transposed, "unaligned": unaligned, "channels_last": channels_last}
