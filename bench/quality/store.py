@@ -87,8 +87,9 @@ COLUMNS: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
-def points(steps: int, count: int = POINTS) -> list[int]:
+def points(steps: int, count: int | None = None) -> list[int]:
     """The steps that a run's curve has points at, or so many checks."""
+    count = POINTS if count is None else count
     return sorted({round(steps * (i + 1) / count) for i in range(count)} - {0})
 
 
