@@ -106,16 +106,6 @@ def rows_of(found: Found) -> Rows:
     return {row: rows[row] for row in sorted(rows, key=place)}
 
 
-def best_swept(rows: Rows, base: str = "adamw") -> dict[str, Runs]:
-    """By task, the best of a sweep whatever the rate and schedule, averaged or not.
-
-    Of each row of the sweep its best rate, and of these the one of lowest mean final training loss.
-    """
-    swept = {row: of_task for row, of_task in rows.items() if row.startswith(f"{base}, best ")}
-    tasks = dict.fromkeys(task for of_task in swept.values() for task in of_task)
-    return {task: min((of[task] for of in swept.values() if task in of), key=mean_loss) for task in tasks}
-
-
 def is_variant(row: str) -> bool:
     """Whether a row is of an optimizer with options other than what is swept."""
     return ":" in row
