@@ -51,7 +51,7 @@ class Outcome:
             lost = rows[:, Column.REFRESHES] == bucket.table[selection.rows][:, Column.REFRESHES]
             lost &= selection.elements > 0
             if lost.is_cuda:  # one that waits would hold the host up at every measurement
-                lost, there = torch.empty(lost.shape, dtype=torch.bool, pin_memory=True), lost
+                lost, there = torch.empty(lost.shape, dtype=torch.bool, device="cpu", pin_memory=True), lost
                 lost.copy_(there, non_blocking=True)
                 self._events.append(torch.cuda.current_stream(there.device).record_event())
             self._parts.append((bucket, selection, lost))
