@@ -58,6 +58,7 @@ def train(X: torch.Tensor, y: torch.Tensor, parts: list[int], least: float) -> t
         momentum=0.0,
         schedule_free=False,  # plain gradient descent
         curvature="blocks",
+        self_concordance=2.0,
         update_every=1,
         rate_horizon=0.0,
         cap=math.inf,
