@@ -85,7 +85,6 @@ def prepare(
     group["steps"] = 0
     group["next_refresh"] = group.get("warmup_steps", defaults["warmup_steps"])
     group["last_refresh"] = None
-    group["failures"] = 0
     group["train_mode"] = all(g["train_mode"] for g in earlier)
     group["share"] = None
     return group

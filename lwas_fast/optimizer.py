@@ -111,8 +111,8 @@ class LayerwiseOptimizer(Optimizer):
     def curvature_due(self) -> bool:
         """Whether the next `backward` or `step(closure)` measures the curvature.
 
-        In the step after a measurement this waits until the device has made it: if a layer's could not be used, all are
-        measured again at once, up to three times in a row.
+        In the step after a measurement this waits until the device has made it: if it has no number for a layer, the
+        layer's group is measured again at once, up to three times in a row.
         """
         self._hear_outcome()
         return any(map(rates.is_due, self.param_groups))
@@ -239,13 +239,12 @@ class LayerwiseOptimizer(Optimizer):
         value = None if closure is None else self._evaluate(closure)
         update.check_training(self.param_groups)  # the closure may have called eval()
         parts = update.prepare(self._layout, self.rule)
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if self._measured is None:
             self._warn_if_overdue()
         else:
             measured, self._measured = self._measured, None  # once, even if the update fails
-            self._hear_outcome()  # where nobody asked since
-            self._outcome = rates.take_in(measured, self.param_groups)
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            self._outcome = rates.take_in(measured, self.param_groups, scaling.found_inf)
         update.run(self._layout, self.rule, parts, scaling)
         self._close_window()
         return value
@@ -260,7 +259,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _hear_outcome(self) -> None:
         outcome, self._outcome = self._outcome, None
-        layers = outcome.tell(self.param_groups) if outcome is not None else []
+        layers = outcome.tell() if outcome is not None else []
         if layers and not self._warned_of_layers:
             self._warned_of_layers = True
             warnings.warn(

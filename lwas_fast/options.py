@@ -45,7 +45,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "probe": ("gradient", "curvature is always measured along the direction that the gradient alone gives"),
     "self_concordance": (2.0, "M of the closed form is measured, so that the scale of the loss does not matter"),
     "negative_curvature": ("abs", "the size of negative curvature is taken"),
-    "damping": (0.0, "nothing is added to the curvature but weight decay"),
+    "damping": (0.0, "nothing is added to the curvature but SGDLW's weight decay"),
     "rate_horizon": (None, "rates are averaged over 100 steps, and at least 5 measurements"),
     "max_growth": (10.0, "how far a measured rate may exceed the present one is part of the method"),
 }

@@ -213,7 +213,7 @@ class Reference:
 
     def _shares(self) -> list[float]:
         size = [abs(last["curvature"]) ** 0.5 for last in self.last]
-        known = sorted(x for x in size if x == x)
+        known = sorted(x for x in size if x > 0)
         half = known[(len(known) - 1) // 2] if known else 0.0
         return [2.0 ** math.floor(math.log2(half / x)) if x > 8 * half > 0 else 1.0 for x in size]
 

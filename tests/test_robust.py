@@ -6,6 +6,7 @@ start that stays; a measurement that is lost for ten steps or more, or without a
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 
@@ -15,6 +16,7 @@ from cases import OPTIMIZERS, REFERENCES, batches, loss_of, small_net
 from torch import nn
 
 from lwas_fast.measure.probes import draw_signs
+from lwas_fast.table import Column
 
 SHARP = 1e6
 
@@ -141,6 +143,82 @@ def test_a_state_saved_between_the_tries_goes_on_as_the_run_would():
             opt.step()
         found.append([p.detach().clone() for p in model.parameters()])
     assert all(itertools.starmap(torch.equal, zip(*found, strict=True)))
+
+
+def test_each_layer_has_its_own_three_tries():
+    """One is lost at steps 0 to 2, another at step 12 alone, which a layer given up does not keep from a retry."""
+    a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = OPTIMIZERS["adamw"]([("a.w", a), ("b.w", b)])
+    due = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k in range(15):
+            due.append(opt.curvature_due)
+            opt.zero_grad()
+            opt.backward((0.0 if k == 12 else 1.0) * a.square().sum() + 0.0 * b.square().sum())
+            opt.step()
+    assert [k for k, is_due in enumerate(due) if is_due] == [0, 1, 2, 12, 13]
+    assert ["'b'" in str(one.message) for one in caught] == [True]
+
+
+def test_a_retry_counts_as_the_measurement_it_stands_for():
+    weights = []
+    for lost in (False, True):
+        w = nn.Parameter(torch.ones(3))
+        opt = OPTIMIZERS["adamw"]([("layer.w", w)], lr=0.0)
+        for k in range(12):
+            opt.zero_grad()
+            opt.backward((0.0 if lost and k == 10 else 1.0) * w.square().sum())
+            opt.step()
+        weights.append(opt.state[w]["layer"][Column.WEIGHT].item())
+    assert weights[0] == pytest.approx(weights[1], rel=1e-6)
+
+
+def test_steps_that_the_scaler_skips_are_no_tries():
+    model, scaler = small_net(torch.float32), torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
+    opt = OPTIMIZERS["adamw"](model.named_parameters())
+    due = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for batch in batches(12, torch.float32):
+            due.append(opt.curvature_due)
+            opt.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = loss_of(model, batch)
+            opt.backward(loss, scaler=scaler)
+            scaler.step(opt)
+            scaler.update()
+    skipped = due.index(False) - 1
+    assert skipped > 3 and due == [True] * (skipped + 1) + [False] * (11 - skipped)
+    assert all(row["refreshes"] == 1 for row in opt.diagnostics().values())
+
+
+def test_what_is_on_its_way_survives_other_groups_and_copies():
+    model = Switched()
+    groups = [{"params": list(part.named_parameters(prefix=name))} for name, part in model.named_children()]
+    opt = OPTIMIZERS["adamw"](groups)
+    opt.backward(model(batches(1, torch.float32)[0][0]))
+    opt.step()
+    assert copy.deepcopy(opt).param_groups[1]["next_refresh"] == 1
+    opt.param_groups = opt.param_groups[:1]
+    assert not opt.curvature_due
+
+
+def test_layers_without_a_direction_do_not_hide_a_sharp_one():
+    weights = [nn.Parameter(torch.full((3,), 0.1, dtype=torch.float64)) for _ in range(5)]
+    opt = OPTIMIZERS["adamw"]([(f"layer{i}.w", w) for i, w in enumerate(weights)], lr=0.0, update_every=1)
+    for k in range(2):
+
+        def closure(k=k):
+            opt.zero_grad()
+            sharpness = (1.0, *((1.0, 1.0, 1.0) if k == 0 else (0.0, 0.0, 0.0)), 1e8)
+            loss = sum(h * w.square().sum() for h, w in zip(sharpness, weights, strict=True))
+            loss = loss + 1e4 * weights[0] @ weights[4]
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+    assert abs(opt.diagnostics()["layer0"]["curvature"]) < 1e3  # the term between the two would be 3e4
 
 
 def test_ordinary_networks_are_not_measured_more_often():

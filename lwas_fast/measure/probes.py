@@ -103,7 +103,8 @@ class Probe:
         selection, directions, dtype = self.selection, self.vectors.directions, self.bucket.table.dtype
         weights = [w.detach().to(d.dtype) for w, d in zip(selection.params, directions, strict=True)]
         size = selection.per_layer(squared_norms(weights, dtype)).maximum(selection.floor.square())
-        return (size / selection.per_layer(squared_norms(directions, dtype))).sqrt()
+        along = selection.per_layer(squared_norms(directions, dtype))
+        return torch.where(along > 0, (size / along).sqrt(), torch.inf)
 
 
 class Products(NamedTuple):
@@ -211,9 +212,8 @@ def shares(probes: Sequence[Probe], estimator: str, lengths: Sequence[Tensor] | 
         return [torch.ones_like(probe.rows[:, Column.WEIGHT]) for probe in probes]
     deltas = []
     for p, probe in enumerate(probes):
-        rows = probe.rows
-        delta = rows[:, Column.CURVATURE].abs().sqrt() * (1.0 if lengths is None else lengths[p])
-        deltas.append(torch.where(rows[:, Column.WEIGHT] > 0, delta, torch.nan))
+        delta = probe.rows[:, Column.CURVATURE].abs().sqrt() * (1.0 if lengths is None else lengths[p])
+        deltas.append(torch.where(delta > 0, delta, torch.nan))  # not measured yet, or not along now: no part of it
     ordered = torch.cat([delta.to(deltas[0].device) for delta in deltas]).sort().values  # NaN last
     half = (ordered.isfinite().sum() - 1).clamp(min=0) // 2
     median = ordered.gather(0, half.view(1))[0]  # not nanmedian, which may wait for the device to know an index

@@ -67,7 +67,7 @@ def _products(
 
 # Under a loss scale, directions are taken as long as this share of the weights. The products are then changes of the
 # scaled gradient that are smaller than itself, which is as large as float16 allows. Less would lose their last digits.
-_SHARE = 2.0**-7
+_REACH = 2.0**-7
 
 
 def _into_range(probes: Sequence[Probe], estimator: str) -> list[Tensor]:
@@ -75,7 +75,7 @@ def _into_range(probes: Sequence[Probe], estimator: str) -> list[Tensor]:
 
     A power of two, so that it rounds nothing where nothing leaves the range; the same for all that share a product.
     """
-    lengths = [_SHARE * probe.reach() for probe in probes]
+    lengths = [_REACH * probe.reach() for probe in probes]
     if estimator == "signs" and probes:
         least = torch.stack([length.amin().to(lengths[0].device) for length in lengths]).amin()
         lengths = [least.to(length.device).expand_as(length) for length in lengths]

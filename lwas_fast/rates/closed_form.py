@@ -116,7 +116,8 @@ def refresh(probe: Probe, sums: Tensor, group: dict[str, Any]) -> Tensor:
     known = table[:, Column.WEIGHT] > 0
     grown = usable & known & (rate > limit)
     rate = torch.where(grown, limit, rate)
-    kept = torch.where(known, table[:, Column.AVERAGE].minimum(probe.max_fall * rate * table[:, Column.WEIGHT]), 0.0)
+    most = probe.max_fall * rate * table[:, Column.WEIGHT]
+    kept = torch.where(known, torch.fmin(table[:, Column.AVERAGE], most), 0.0)  # without a limit `most` may be inf * 0
     for column, value in (
         (Column.AVERAGE, beta * kept + (1 - beta) * rate),
         (Column.WEIGHT, weight),

@@ -45,23 +45,33 @@ def refreshed(measurement: Measurement, groups: Groups, plans: launch.Plans) -> 
 class Outcome:
     """Which layers a measurement found no number for, on its way from the device."""
 
-    def __init__(self, measured: Measured):
-        self._due, self._parts, self._events = measured.due, [], []
+    def __init__(self, measured: Measured, groups: Groups, found_inf: Tensor | None):
+        self._due, self._events = [(number, groups[number]) for number in measured.due], []
+        self._skipped = None if found_inf is None else self._sent(found_inf.reshape(1) != 0)
+        self._parts = []
         for bucket, selection, rows in measured.rows:
             lost = rows[:, Column.REFRESHES] == bucket.table[selection.rows][:, Column.REFRESHES]
-            lost &= selection.elements > 0
-            if lost.is_cuda:  # one that waits would hold the host up at every measurement
-                lost, there = torch.empty(lost.shape, dtype=torch.bool, device="cpu", pin_memory=True), lost
-                lost.copy_(there, non_blocking=True)
-                self._events.append(torch.cuda.current_stream(there.device).record_event())
-            self._parts.append((bucket, selection, lost))
+            self._parts.append((bucket, selection, self._sent(lost & (selection.elements > 0))))
 
-    def tell(self, groups: Groups) -> list[str]:
+    def _sent(self, flags: Tensor) -> Tensor:
+        if not flags.is_cuda:
+            return flags
+        # To wait for it here would hold the host up at every measurement.
+        there = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
+        there.copy_(flags, non_blocking=True)
+        self._events.append(torch.cuda.current_stream(flags.device).record_event())
+        return there
+
+    def tell(self) -> list[str]:
         """Have groups that lack a number measured at once; give the layers that were tried often enough."""
         for event in self._events:
             event.synchronize()
+        if self._skipped is not None and self._skipped.any():  # GradScaler skips this step: that is no try
+            for _, group in self._due:
+                group["next_refresh"] = group["steps"]
+            return []
         given_up = []
-        for number in self._due:
+        for number, group in self._due:
             lost = [
                 bucket.names[row]
                 for bucket, selection, flags in self._parts
@@ -69,14 +79,16 @@ class Outcome:
                 for row, flag in zip(sorted(set(selection.where[:, 0].tolist())), flags.tolist(), strict=True)
                 if flag
             ]
-            if when.again(groups[number], bool(lost)):
-                given_up += lost
+            given_up += when.retry(group, lost)
         return given_up
 
 
-def take_in(measured: Measured, groups: Groups) -> Outcome:
-    """Enter new rows into the statistics, and set when each group is measured next."""
-    outcome = Outcome(measured)
+def take_in(measured: Measured, groups: Groups, found_inf: Tensor | None) -> Outcome:
+    """Enter new rows into the statistics, and set when each group is measured next.
+
+    `found_inf`, where there is one, is not 0 if GradScaler skips this step.
+    """
+    outcome = Outcome(measured, groups, found_inf)
     for bucket, selection, rows in measured.rows:
         bucket.table[selection.rows] = rows
     with_gradient = {bucket.group for bucket, *_ in measured.rows}

@@ -7,7 +7,7 @@ from typing import Any
 
 INTERVALS = (10, 100)  # least and most steps between measurements; docs/method.md says why
 HORIZON, HORIZON_REFRESHES = 100, 5  # rates are averaged over this many steps, and this many measurements, at least
-TRIES = 3  # measurements in a row, a step apart, before a layer that none of them can be used for has to wait
+TRIES = 3  # measurements in a row, a step apart, before a layer that none of them has a number for has to wait
 
 
 def is_due(group: dict[str, Any]) -> bool:
@@ -32,20 +32,29 @@ def interval(group: dict[str, Any]) -> int:
 def memory(group: dict[str, Any]) -> float:
     """What the averages over measurements keep of their past (beta) in a measurement now."""
     last = group["last_refresh"]
-    elapsed = interval(group) if last is None else group["steps"] - last
+    # A layer that is tried again has not been measured a step ago.
+    elapsed = interval(group) if last is None or _tries_again(group) else group["steps"] - last
     return math.exp(-elapsed / max(HORIZON, HORIZON_REFRESHES * elapsed))
 
 
-def again(group: dict[str, Any], failed: bool) -> bool:
-    """Have a group measured at its present step if the step before found no number for one of its layers.
+def _tries_again(group: dict[str, Any]) -> bool:
+    return any(count < TRIES for count in group.get("tries", {}).values())
+
+
+def retry(group: dict[str, Any], lost: list[str]) -> list[str]:
+    """Have a group measured at its present step if the one before found no number for some of its layers.
+
+    ``group["tries"]``, there only where it is not empty, has each such layer's failures in a row.
 
     Returns:
-        Whether that was the last of so many tries in a row: now it is measured when it is due.
+        The layers for which that was the last of so many tries: now they wait until the group is due.
     """
-    group["failures"] = group["failures"] + 1 if failed else 0
-    if 0 < group["failures"] < TRIES:
+    tries = group.pop("tries", {})
+    if lost:
+        group["tries"] = {name: tries.get(name, 0) + 1 for name in lost}
+    if _tries_again(group):
         group["next_refresh"] = group["steps"]
-    return bool(group["failures"] == TRIES)
+    return [name for name in lost if group["tries"][name] == TRIES]
 
 
 def schedule(group: dict[str, Any], measured: bool) -> None:
