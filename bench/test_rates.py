@@ -30,7 +30,8 @@ def probe_of(opt: AdamWLW, indices: list[int] | None) -> tuple[Probe, Products]:
     copies = [[p.grad.float() for p in selection.params] for _ in range(2)]
     vectors = Vectors([p.grad for p in selection.params], copies[0])
     products = Products([c.to(p.dtype) for c, p in zip(copies[1], selection.params, strict=True)], 1.0)
-    return Probe(bucket, selection, vectors, [1.0] * len(selection.elements), 1.0), products
+    loss = torch.ones((), device=bucket.table.device)
+    return Probe(bucket, selection, vectors, [1.0] * len(selection.elements), 1.0, loss), products
 
 
 def by_foreach(probe: Probe, products: Products, group: dict) -> torch.Tensor:

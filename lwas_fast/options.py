@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
 # What the method has one value for.
-SELF_CONCORDANCE = 0.3  # M of the closed form, times the layer's root mean square of rho/delta
+SELF_CONCORDANCE = 2.0  # M of the closed form, times the root of the mean size of the loss
+MOST_DAMPING = 10.0  # most that M/2 rho/delta counts with, should a loss cross 0
 
 ESTIMATORS = ("signs", "blocks")
 HVP_MODES = ("autograd", "finite_difference")

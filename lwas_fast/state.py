@@ -1,7 +1,7 @@
 """Saved states: labelled with a version, statistics by name, checked against the optimizer before anything changes.
 
 A group carries ``state_version`` and ``state_columns``, the names of the numbers in each layer's row. So rows may get
-other numbers, in another order, and old states still load: what a state lacks starts at 0 or as last measured,
+other numbers, in another order, and old states still load: what a state lacks starts at 0 (the loss at 1),
 what it has too many is dropped. torch would cast every tensor to its parameter's dtype; `fit` keeps float32 state of
 half-precision parameters.
 """
@@ -122,7 +122,6 @@ def _renamed(row: Tensor, columns: list[str]) -> Tensor:
     new = torch.zeros(len(COLUMNS), dtype=row.dtype, device=row.device)
     there = [name for name in COLUMNS if name in columns]
     new[[COLUMNS.index(name) for name in there]] = row[[columns.index(name) for name in there]]
-    if "decrement" not in columns and new[Column.WEIGHT] > 0:  # the last measurement stands for the average
-        found = new[Column.WEIGHT] * new[Column.DESCENT].square() / new[Column.CURVATURE].abs()
-        new[Column.DECREMENT] = found.nan_to_num(0.0, 0.0)
+    if "loss" not in columns:  # it was taken for 1
+        new[Column.LOSS] = new[Column.WEIGHT]
     return new

@@ -25,7 +25,7 @@ class Column(IntEnum):
     LENGTH = 12  # norm of the direction, root mean square over about five steps
     SIZE = 13  # norm of the weights before the last step, not below its floor
     ELEMENTS = 14  # of the tensors that took the last step: LENGTH and SIZE are theirs
-    DECREMENT = 15  # moving average of rho**2 / delta**2, before bias correction: its weights' sum is WEIGHT
+    LOSS = 15  # moving average of the loss's size at measurements, before bias correction: its weights' sum is WEIGHT
 
 
 COUNTERS = tuple(c for c in Column if Column.REFRESHES <= c <= Column.SKIPPED)

@@ -4,7 +4,7 @@ After Bahamou & Goldfarb, arXiv 2305.13664 (its published summary). Of a layer �
 gradient, m, v moments, H_λλ block of the Hessian, n updates with this one; k steps before; γ weight decay. β₁ is SGD's
 momentum.
 
-    ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ (+ γ‖d‖², SGD)    t = ρ / (δ (δ + (M/2) ρ)),  M = 0.3/Λ
+    ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ (+ γ‖d‖², SGD)    t = ρ / (δ (δ + (M/2) ρ)),  M = 2/√⟨F⟩
     F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d
 
 Refresh at k = warmup_steps and then every T steps, T = update_every or, without one, (k − warmup_steps)/10 rounded
@@ -16,7 +16,7 @@ down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← 
     s  = 1, but h/√|c| rounded down to a power of two where √|c| > 8h; c here of the last refresh, h median of √|c|
     ρ  = −⟨g, d⟩           q = ‖d‖²           δ² = |c| (AdamW), |c| + γq (SGD)
     β  = exp(−T/rate_horizon), 0 for a horizon of 0; it is max(100, 5T), T the steps since the last refresh
-    Λ² = mean of (ρ/δ)² over refreshes, this one too: (βD + (1−β)(ρ/δ)²)/(βw + (1−β)), D kept as E is
+    ⟨F⟩ = mean of |F| over refreshes, this one too: (βD + (1−β)|F|)/(βw + (1−β)), D kept as E is; (M/2)ρ/δ ≤ 10
     t ← min(t, max_growth · rate), max_growth = 10; AdamW: 100, then E ← min(E, 10tw)
     E ← βE + (1−β)t        w ← βw + (1−β)     rate = E/w      (E, w start at 0, rate at warmup_rate)
 
@@ -93,7 +93,7 @@ class Hyper:
     lr: float = 1.0
     momentum: float = 0.9  # SGD only
     betas: tuple[float, float] = (0.9, 0.99)  # AdamW only
-    eps: float = 1e-8  # AdamW only
+    eps: float = 1e-12  # AdamW only
     weight_decay: float = 0.0
     update_every: int | None = None
     curvature: str = "signs"
@@ -106,7 +106,7 @@ class Hyper:
     # Constants of the package; the tests of the theory vary them.
     rate_horizon: float | None = None
     max_growth: float = 10.0
-    self_concordance: float | None = None  # M; None: 0.3/Λ
+    self_concordance: float | None = None  # M; None: 2/√⟨F⟩
 
 
 class Reference:
@@ -165,7 +165,7 @@ class Reference:
         g = [g_i + l2 * w for g_i, w in zip(torch.autograd.grad(sign * loss(W), W), self.W, strict=True)]
         if self.k == self.due:
             H = torch.func.hessian(lambda x: sign * loss(list(x.split(sizes))))(torch.cat(self.W))
-            self._refresh(g, H, z)
+            self._refresh(g, H, z, loss(self.W).abs().item())
             self.last_k, self.due = self.k, self.k + self.interval
         if gradient is not None:
             g = [sign * g_i + l2 * w for g_i, w in zip(gradient, self.W, strict=True)]
@@ -181,7 +181,7 @@ class Reference:
         D = 1 / ((v / (1 - beta2**n)).sqrt() + h.eps) if self.adam else torch.ones_like(g)
         return m, v, -D * g, -D * (m / (1 - beta1**n))
 
-    def _refresh(self, g: list[Tensor], H: Tensor, z: Signs) -> None:
+    def _refresh(self, g: list[Tensor], H: Tensor, z: Signs, F: float = 1.0) -> None:
         h, d, layers, start = self.hyper, [], [], 0
         for i, g_i in enumerate(g):
             d.append(self._moments(i, g_i)[2])
@@ -195,9 +195,11 @@ class Reference:
             c = c / s[i] ** 2
             count, rho, q = self.events[i], -g[i] @ d[i], d[i] @ d[i]
             delta2 = c.abs() + (0.0 if self.adam else h.weight_decay) * q
-            w, D = (beta * old + (1 - beta) * new for old, new in ((self.w[i], 1.0), (self.D[i], rho**2 / delta2)))
-            M = 0.3 / (D / w) ** 0.5 if h.self_concordance is None else h.self_concordance
-            t = closed_form(rho, delta2, M).item()
+            w, D = (beta * old + (1 - beta) * new for old, new in ((self.w[i], 1.0), (self.D[i], F)))
+            if h.self_concordance is None:
+                t = (rho / delta2 / (1 + min(10.0, rho / (delta2 * D / w).sqrt()))).item() if D > 0 else math.nan
+            else:
+                t = closed_form(rho, delta2, h.self_concordance).item()
             count["negative"] += int(c < 0)
             finite = rho.isfinite() and delta2.isfinite() and (math.isfinite(t) or rho <= 0)
             if not finite or rho <= 0:
@@ -208,7 +210,7 @@ class Reference:
             count["growth"] += int(t > limit)
             t = min(t, limit)
             self.E[i] = beta * min(self.E[i], self.max_fall * t * self.w[i] if self.w[i] > 0 else 0.0) + (1 - beta) * t
-            self.w[i], self.D[i] = w, D.item()
+            self.w[i], self.D[i] = w, D
             count["refreshes"] += 1
 
     def _shares(self) -> list[float]:

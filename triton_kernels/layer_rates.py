@@ -15,7 +15,7 @@ from enum import IntEnum
 import triton
 import triton.language as tl
 
-from lwas_fast.options import SELF_CONCORDANCE
+from lwas_fast.options import MOST_DAMPING, SELF_CONCORDANCE
 from lwas_fast.table import Column, Sums
 
 CHUNK = 16384  # elements that a program sums up; a multiple of BLOCK
@@ -49,6 +49,7 @@ class Layers(IntEnum):
     COUNT = 1  # its chunks
     ROW = 2  # address of its statistics
     FACTOR = 3  # address of a factor of the product
+    LOSS = 4  # address of the loss's size
 
 
 class Numbers(IntEnum):
@@ -70,16 +71,16 @@ def _names(*members: IntEnum) -> list[tl.constexpr]:
 
 _AVERAGE, _WEIGHT, _DESCENT, _CURVATURE = _names(Column.AVERAGE, Column.WEIGHT, Column.DESCENT, Column.CURVATURE)
 _REFRESHES, _NEGATIVE, _NONFINITE = _names(Column.REFRESHES, Column.NEGATIVE, Column.NONFINITE)
-_NO_DESCENT, _GREW, _DECREMENT = _names(Column.NO_DESCENT, Column.GROWTH, Column.DECREMENT)
+_NO_DESCENT, _GREW, _LOSS = _names(Column.NO_DESCENT, Column.GROWTH, Column.LOSS)
 _SIGN, _SCALE, _DECAY, _BETA, _UNMEASURED, _MAX_GROWTH, _MAX_FALL = _names(*Numbers)
 _GRADIENT_AT, _DIRECTION_AT, _PRODUCT_AT, _KIND_AT = _names(*Tensors)
 _TENSOR_AT, _NUMBER_AT, _COUNT_AT, _LAYER_AT = _names(*Chunks)
-_FIRST_AT, _CHUNKS_AT, _ROW_AT, _FACTOR_AT = _names(*Layers)
+_FIRST_AT, _CHUNKS_AT, _ROW_AT, _FACTOR_AT, _LOSS_AT = _names(*Layers)
 _DESCENT_SUM, _CURVATURE_SUM, _SQUARE_SUM = _names(*Sums)
 _COLUMNS, _SUMS, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Sums)), tl.constexpr(len(Numbers))
 _TENSORS, _CHUNKS, _LAYERS = tl.constexpr(len(Tensors)), tl.constexpr(len(Chunks)), tl.constexpr(len(Layers))
 _LANES = tl.constexpr(1 << (len(Column) - 1).bit_length())  # of a row: a power of two
-_HALF_M = tl.constexpr(0.5 * SELF_CONCORDANCE)
+_HALF_M, _MOST_DAMPING = tl.constexpr(0.5 * SELF_CONCORDANCE), tl.constexpr(MOST_DAMPING)
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def _not(x):
 
 
 @triton.jit
-def _finish(descent, sampled, square, row, numbers, new):
+def _finish(descent, sampled, square, loss_now, row, numbers, new):
     """Take a layer's sums into its statistics: `closed_form.refresh`, for one layer."""
     average, weight = tl.load(row + _AVERAGE), tl.load(row + _WEIGHT)
     beta = tl.load(numbers + _BETA)
@@ -157,11 +158,10 @@ def _finish(descent, sampled, square, row, numbers, new):
     curvature = tl.abs(sampled) + tl.load(numbers + _DECAY) * square
     newton = tl.div_rn(descent, curvature)
     weight_now = beta * weight + (1 - beta)
-    decrement = beta * tl.load(row + _DECREMENT) + (1 - beta) * (descent * newton)
-    mean_square = tl.div_rn(decrement, weight_now)
-    relative = tl.where(mean_square > 0, tl.div_rn(descent * newton, mean_square), 1.0)
-    rate = tl.div_rn(newton, 1.0 + tl.sqrt_rn(relative) * _HALF_M)
-    finite = _finite(descent) & _finite(curvature)
+    loss = beta * tl.load(row + _LOSS) + (1 - beta) * loss_now
+    damping = tl.sqrt_rn(tl.div_rn(descent * newton, tl.div_rn(loss, weight_now))) * _HALF_M
+    rate = tl.div_rn(newton, 1.0 + tl.where(damping > _MOST_DAMPING, _MOST_DAMPING, damping))
+    finite = _finite(descent) & _finite(curvature) & _finite(loss)
     # Without curvature the closed form has no answer; without descent it has a meaningless one.
     nonfinite = _not(finite) | ((descent > 0) & _not(_finite(rate)))
     no_descent = _not(nonfinite) & (descent <= 0)
@@ -178,7 +178,7 @@ def _finish(descent, sampled, square, row, numbers, new):
     kept = tl.where(known, tl.minimum(average, rate * weight * tl.load(numbers + _MAX_FALL)), 0.0)
     found = tl.where((lanes == _AVERAGE) & usable, beta * kept + (1 - beta) * rate, found)
     found = tl.where((lanes == _WEIGHT) & usable, weight_now, found)
-    found = tl.where((lanes == _DECREMENT) & usable, decrement, found)
+    found = tl.where((lanes == _LOSS) & usable, loss, found)
     found = tl.where(lanes == _DESCENT, tl.where(usable, descent, tl.load(row + _DESCENT)), found)
     found = tl.where(lanes == _CURVATURE, tl.where(usable, sampled, tl.load(row + _CURVATURE)), found)
     found += tl.where(lanes == _REFRESHES, tl.where(usable, 1.0, 0.0), 0.0)
@@ -257,7 +257,8 @@ def layer_rates(
             descent = _total(partials + _DESCENT_SUM, first, expected, at_once) * -tl.load(numbers + _SIGN)
         if finish:
             new = out + layer * _COLUMNS
-            _finish(descent.to(tl.float32), curvature.to(tl.float32), square.to(tl.float32), row, numbers, new)
+            loss = tl.load(tl.load(layers + _LOSS_AT).to(tl.pointer_type(tl.float32)))
+            _finish(descent.to(tl.float32), curvature.to(tl.float32), square.to(tl.float32), loss, row, numbers, new)
         else:
             out += layer * _SUMS
             tl.store(out + _DESCENT_SUM, descent.to(tl.float32))

@@ -78,6 +78,7 @@ class Probe:
         signs: ±1 for each layer of the selection.
         scale: What raw products are to be multiplied by: micro-batches in the window, over the loss scale, negative for
             maximize. A float or a tensor without dimension.
+        loss: Size of the window's loss: a tensor without dimension, on the table's device and of its dtype.
         l2: What L2 adds to the curvature, times the squared length: it is part of the loss, decoupled decay is not.
         max_growth: See `Rule`.
         max_fall: Likewise.
@@ -88,6 +89,7 @@ class Probe:
     vectors: Vectors
     signs: list[float]
     scale: Tensor | float
+    loss: Tensor
     l2: float = 0.0
     max_growth: float = math.inf
     max_fall: float = math.inf
@@ -147,7 +149,7 @@ def draw_signs(seed: int, step: int, count: int) -> list[float]:
 
 @torch.no_grad()
 def make_probes(
-    subject: Subject, gradients: dict[Tensor, Tensor], scale: Tensor | float, of_products: Tensor | float
+    subject: Subject, gradients: dict[Tensor, Tensor], scale: Tensor | float, of_products: Tensor | float, loss: Tensor
 ) -> list[Probe]:
     """Make a probe for each bucket of the groups due of which anything has a gradient.
 
@@ -156,7 +158,9 @@ def make_probes(
         gradients: Raw ones, of the parameters that have one.
         scale: Turns them into estimates of the window's: see `Probe.scale`.
         of_products: Likewise the products.
+        loss: Of this micro-batch, without a loss scale.
     """
+    size = loss.detach().reshape(()).abs() * (subject.window.micro_batches + 1)
     layout = subject.layout
     there = []
     for bucket in layout.buckets:
@@ -188,7 +192,8 @@ def make_probes(
             used = raw  # half the memory, where it is of half precision
         l2 = 0.0 if subject.rule.decoupled else group["weight_decay"]
         limits = subject.rule.max_growth, subject.rule.max_fall
-        probes.append(Probe(bucket, selection, Vectors(used, directions), own, of_product, l2, *limits))
+        here_size = size.to(bucket.table)
+        probes.append(Probe(bucket, selection, Vectors(used, directions), own, of_product, here_size, l2, *limits))
     return probes
 
 

@@ -65,7 +65,7 @@ def backward(
         value, scaled = forward()
         parallel.check(ddp)
         subject = now()
-        found = _autograd(subject, scaled, _scale(value, scaler, subject.window), ddp)
+        found = _autograd(subject, value, scaled, _scale(value, scaler, subject.window), ddp)
     return value.detach(), found
 
 
@@ -88,9 +88,12 @@ def _accumulate(graph: dict[Tensor, Tensor]) -> None:
 
 
 def _autograd(
-    subject: Subject, loss: Tensor, scale: Tensor | float, ddp: DistributedDataParallel | None
+    subject: Subject, value: Tensor, loss: Tensor, scale: Tensor | float, ddp: DistributedDataParallel | None
 ) -> Measurement:
-    """Gradient and curvature from one graph; gradients are accumulated as ``loss.backward()`` would."""
+    """Gradient and curvature from one graph, of `loss`, which is `value` times a loss scale.
+
+    Gradients are accumulated as ``loss.backward()`` would.
+    """
     layout = subject.layout
     leaves = leaves_of(loss)
     try:
@@ -107,7 +110,7 @@ def _autograd(
             gradients = {p: p.grad for p in layout.params if p.grad is not None}  # perhaps from other replicas alone
             of_gradients = scale / (subject.window.micro_batches + 1)
         with span("curvature"):
-            probes = make_probes(subject, gradients, of_gradients, scale)
+            probes = make_probes(subject, gradients, of_gradients, scale, value)
             ours = [[graph.get(p) for p in probe.selection.params] for probe in probes]
             products = by_autograd(probes, ours, subject.how["curvature"], scaled=isinstance(scale, Tensor))
     except RuntimeError as error:
@@ -175,6 +178,6 @@ def again(
     # The loss's graph is used up but still tells which other leaves the evaluation gives gradients to.
     leaves = list(dict.fromkeys(params + leaves_of(loss)))
     with span("curvature"):
-        probes = make_probes(subject, gradients, scale, scale)
+        probes = make_probes(subject, gradients, scale, scale, parallel.average_loss(loss))
         products = by_differences(probes, lambda: evaluate(closure), replay, leaves, subject.how["curvature"])
     return Measurement(subject.due, probes, products)

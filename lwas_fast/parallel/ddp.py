@@ -73,6 +73,15 @@ def accumulate(graph: dict[Tensor, Tensor]) -> None:
     torch.autograd.backward(list(graph), [gradient.detach() for gradient in graph.values()])
 
 
+def average_loss(loss: Tensor) -> Tensor:
+    """A closure's loss, in a distributed run averaged over all processes, which take this step together."""
+    if _replicas() == 1:
+        return loss
+    loss = loss.detach().clone()
+    torch.distributed.all_reduce(loss)
+    return loss / _replicas()
+
+
 def average(sums: list[Tensor], group: ProcessGroup) -> list[Tensor]:
     """Average tensors over the replicas, in one message."""
     flat = torch.cat([s.flatten().to(sums[0].device) for s in sums])

@@ -2,9 +2,9 @@ r"""Curvature to step sizes in plain torch: sums, closed form, averages, guards,
 
 The step size along a direction d with descent \(\rho = -\langle g, d\rangle\) and curvature
 \(\delta^2 = \langle d, H d\rangle\) is \(t = \rho / (\delta (\delta + \tfrac{M}{2}\rho))\), the minimiser of the
-upper bound that self-concordance with constant M gives (Bahamou & Goldfarb, arXiv 2305.13664). M is 0.3 over the root
-mean square of the layer's \(\rho/\delta\), so a multiple of the loss has the same steps. That, averages and guards are
-ours; `tests/reference.py` defines them in the paper's notation.
+upper bound that self-concordance with constant M gives (Bahamou & Goldfarb, arXiv 2305.13664). M is 2 over the root
+of the mean size of the loss at measurements, so a multiple of the loss has the same steps. That, averages and guards
+are ours; `tests/reference.py` defines them in the paper's notation.
 
 Nothing here reads a number back from the device.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lwas_fast.layers import upload
 from lwas_fast.measure import Probe, Products
-from lwas_fast.options import SELF_CONCORDANCE
+from lwas_fast.options import MOST_DAMPING, SELF_CONCORDANCE
 from lwas_fast.rates.when import memory
 from lwas_fast.table import Column, Sums
 
@@ -58,21 +58,20 @@ def layer_sums(probe: Probe, products: Products) -> Tensor:
     return sums
 
 
-def closed_form(descent: Tensor, curvature: Tensor, mean_square: Tensor) -> Tensor:
+def closed_form(descent: Tensor, curvature: Tensor, loss: Tensor) -> Tensor:
     """The step size t = rho / (delta (delta + M/2 rho)).
 
     Args:
         descent: rho, of any shape.
         curvature: delta**2 >= 0, of the same.
-        mean_square: The mean of rho**2 / delta**2, which M = 0.3 / root is taken from; likewise.
+        loss: The mean size of the loss, which M = 2 / root is taken from; likewise.
 
     Returns:
         t; infinite or NaN where delta is 0.
     """
     newton = descent / curvature
-    relative = descent * newton / mean_square  # (rho/delta)**2 over its mean
-    # The mean is 0 where squares of so little a loss are: then this one stands for the mean.
-    return newton / (1 + 0.5 * SELF_CONCORDANCE * torch.where(mean_square > 0, relative, 1.0).sqrt())
+    damping = 0.5 * SELF_CONCORDANCE * (descent * newton / loss).sqrt()
+    return newton / (1 + damping.clamp(max=MOST_DAMPING))
 
 
 def current(table: Tensor, warmup_rate: float) -> Tensor:
@@ -104,9 +103,9 @@ def refresh(probe: Probe, sums: Tensor, group: dict[str, Any]) -> Tensor:
 
     curvature = sampled.abs() + probe.l2 * square
     weight = average(Column.WEIGHT, torch.ones_like(descent))
-    decrement = average(Column.DECREMENT, descent * (descent / curvature))
-    rate = closed_form(descent, curvature, decrement / weight)
-    finite = torch.isfinite(descent) & torch.isfinite(curvature)
+    loss = average(Column.LOSS, probe.loss.expand_as(descent))
+    rate = closed_form(descent, curvature, loss / weight)
+    finite = torch.isfinite(descent) & torch.isfinite(curvature) & torch.isfinite(loss)
     # Without curvature the closed form has no answer; without descent it has a meaningless one.
     nonfinite = ~finite | ((descent > 0) & ~torch.isfinite(rate))
     no_descent = ~nonfinite & (descent <= 0)
@@ -121,7 +120,7 @@ def refresh(probe: Probe, sums: Tensor, group: dict[str, Any]) -> Tensor:
     for column, value in (
         (Column.AVERAGE, beta * kept + (1 - beta) * rate),
         (Column.WEIGHT, weight),
-        (Column.DECREMENT, decrement),
+        (Column.LOSS, loss),
         (Column.DESCENT, descent),
         (Column.CURVATURE, sampled),
     ):

@@ -50,7 +50,7 @@ class Plan:
                 tensor += 1
             layers = len(firsts)
         device = probes[0].bucket.table.device
-        self.layers = np.array([firsts, np.diff([*firsts, len(chunks)]), rows, rows], np.int64).T  # factors to be set
+        self.layers = np.array([firsts, np.diff([*firsts, len(chunks)]), rows, rows, rows], np.int64).T  # two to be set
         self.chunks = upload(chunks, torch.int64, device)
         self.partials = torch.empty(len(chunks), len(Sums), dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(layers, dtype=torch.int32, device=device)
@@ -131,6 +131,9 @@ def _layer_rows(
         stop = start + len(probe.signs)
         stride = factor.element_size() if factor.dim() else 0
         rows[start:stop, 3] = factor.data_ptr() + stride * np.arange(stop - start)
+        loss = probe.loss.to(plan.one.device, torch.float32)
+        alive.append([loss])
+        rows[start:stop, 4] = loss.data_ptr()
         start = stop
     return rows
 
@@ -235,5 +238,5 @@ def trial(device: torch.device) -> None:
     group = {"params": [p], "layer_names": ["trial"], "warmup_rate": 1.0}
     group |= {"steps": 0, "warmup_steps": 0, "update_every": None, "last_refresh": None}
     (bucket,) = Layout([group], {}, lambda _: ()).buckets
-    probe = Probe(bucket, bucket.select([0]), Vectors([p], [p]), [1.0], 1.0)
+    probe = Probe(bucket, bucket.select([0]), Vectors([p], [p]), [1.0], 1.0, p[0])
     launch([probe], [Products([p], 1.0)], [group], {})

@@ -119,5 +119,7 @@ def _rows(measurement: Measurement, groups: Groups, plans: launch.Plans) -> list
     ordered = [found[p] for p in range(len(probes))]  # the same order on all replicas, whatever serves them
     if measurement.replicas is None or not ordered:
         return ordered
-    averaged = ddp.average(ordered, measurement.replicas)
+    *averaged, loss = ddp.average([*ordered, probes[0].loss], measurement.replicas)
+    for probe in probes:
+        probe.loss = loss.to(probe.loss)
     return [refresh(*measured) for measured in zip(probes, averaged, groups, strict=True)]

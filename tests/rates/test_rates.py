@@ -104,9 +104,8 @@ class Problem:
             directions.append(d)
             products.append(torch.where(d == 0, 0.0, u))
         self.shrunk /= self.case.growing
-        probe = Probe(
-            self.bucket, self.selection, Vectors(self.gradients, directions), self.signs, 1.0, 0.0, 100.0, 10.0
-        )
+        vectors, loss = Vectors(self.gradients, directions), torch.tensor(0.7, device=DEVICE)
+        probe = Probe(self.bucket, self.selection, vectors, self.signs, 1.0, loss, max_growth=100.0, max_fall=10.0)
         self._tell_reference(products, directions)
         return probe, Products(products, self.case.factor)
 
@@ -121,7 +120,7 @@ class Problem:
         u, v = (torch.cat([torch.cat(t) for t in self._by_layer(ts)]) for ts in (products, directions))
         diagonal = torch.where(v == 0, 0.0, self.case.factor * u / v)
         if len(diagonal) < 3000:
-            ref._refresh(g, torch.diag(diagonal), self.signs)
+            ref._refresh(g, torch.diag(diagonal), self.signs, 0.7)
 
     def refresh(self, implementation, probe, products, plans, finish=True):
         group = self.opt.param_groups[0]
@@ -194,7 +193,7 @@ def test_l2_is_curvature(implementation):
     assert (sums[:, Sums.CURVATURE] > 0).all()
     sums[:, Sums.CURVATURE] += 0.3 * sums[:, Sums.SQUARE]
     expected = refresh(probe, sums, problem.opt.param_groups[0])
-    at = [Column.AVERAGE, Column.WEIGHT, Column.DECREMENT, Column.REFRESHES]
+    at = [Column.AVERAGE, Column.WEIGHT, Column.LOSS, Column.REFRESHES]
     torch.testing.assert_close(found[:, at], expected[:, at], rtol=2e-6, atol=0)
 
 
