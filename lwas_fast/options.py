@@ -44,7 +44,10 @@ WHOLE = ("curvature", "hvp", "seed")
 REMOVED: dict[str, tuple[Any, str]] = {
     "noise_exponent": (0.0, "rates are no longer scaled by the share of signal in the gradient"),
     "probe": ("gradient", "curvature is always measured along the direction that the gradient alone gives"),
-    "self_concordance": (2.0, "M of the closed form goes by the size of the loss, so that the scale of the loss does not matter"),
+    "self_concordance": (
+        2.0,
+        "M of the closed form goes by the size of the loss, so that the scale of the loss does not matter",
+    ),
     "negative_curvature": ("abs", "the size of negative curvature is taken"),
     "damping": (0.0, "nothing is added to the curvature but SGDLW's weight decay"),
     "rate_horizon": (None, "rates are averaged over 100 steps, and at least 5 measurements"),

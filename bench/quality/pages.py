@@ -72,7 +72,6 @@ def tables(found: Found, results: Path) -> dict[str, Callable[[], list[str]]]:
         "more accuracy": lambda: finals("accuracy", short, MORE),
         "more against adamwlw": lambda: against("adamwlw", short, MORE),
         "more against sgdlw": lambda: against("sgdlw", short, MORE),
-        "ramp": lambda: variants("adamwlw", rows, found, lambda options: options == {"ramp_steps"}),
         "scale adamwlw": lambda: variants("adamwlw", rows, found, lambda options: options == {"times"}),
         "scale sgdlw": lambda: variants("sgdlw:weight_decay=0", rows, found, lambda options: options == {"times"}),
         "published": lambda: published.table(results / "published"),
