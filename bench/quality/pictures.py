@@ -116,7 +116,6 @@ SWEPT_ROWS = (
 PICTURES: dict[str, tuple[Draw, str, tuple[str, ...]]] = {  # of docs/images, each with its task and rows
     "quality-resnet.png": (draw_losses, "resnet", (*SWEPT_ROWS, "prodigy", *OURS)),
     "quality-ae_curves.png": (draw_losses, "ae_curves", (*SWEPT_ROWS, "kfac, best constant", "prodigy", *OURS)),
-    "quality-transformer.png": (draw_losses, "transformer", (*SWEPT_ROWS, "sf_plus", *OURS)),
     "quality-gcn-rates.png": (draw_rates, "gcn", ("adamwlw",)),
 }
 
