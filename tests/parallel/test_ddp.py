@@ -45,6 +45,33 @@ def replica(how: str, rank: int):
     return model.state_dict(), opt.rates()
 
 
+def scaled(rank: int):
+    """The weights after training on the loss and on a multiple of it, by either route."""
+    found = []
+    for factor in (1.0, 2.0**27):
+        for how in ("closure", "autograd"):
+            model = small_net()
+            parallel = DistributedDataParallel(model)
+            opt = AdamWLW(model.named_parameters(), update_every=2, eps=1e-30)
+            for x, y in batches(6):
+                half = x[8 * rank : 8 * rank + 8], y[8 * rank : 8 * rank + 8]
+
+                def closure(opt=opt, parallel=parallel, half=half, factor=factor):
+                    opt.zero_grad()
+                    loss = factor * loss_of(parallel, half)
+                    loss.backward()
+                    return loss
+
+                if how == "closure":
+                    opt.step(closure)
+                else:
+                    opt.zero_grad()
+                    opt.backward(factor * loss_of(parallel, half), ddp=parallel)
+                    opt.step()
+            found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return found
+
+
 class Branches(nn.Module):
     """Two branches, of which each replica takes its own."""
 
@@ -99,7 +126,7 @@ def refusals(rank: int):
 
 WAYS = ["closure", "closure, bucket views", "autograd", "autograd, bucket views"]
 SCENARIOS = {how: partial(replica, how) for how in (*WAYS, "accumulated")}
-SCENARIOS |= {"branches": branches, "refusals": refusals}
+SCENARIOS |= {"branches": branches, "refusals": refusals, "scaled": scaled}
 
 
 def _run(rank: int, folder: str) -> None:
@@ -153,6 +180,12 @@ def test_replicas_that_accumulate_stay_alike(of_both):
     (one, rates), (two, same) = of_both("accumulated")
     assert rates == same and all(rate > 0 for rate in rates.values())
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_scale_of_the_loss_changes_nothing_and_replicas_agree_on_it(of_both):
+    one, two = of_both("scaled")
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert torch.equal(one[0], one[2]) and torch.equal(one[1], one[3])
 
 
 def test_a_parameter_that_one_replica_does_not_use(of_both):
