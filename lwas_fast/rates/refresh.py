@@ -46,9 +46,10 @@ class Outcome:
     """Which layers a measurement found no number for, on its way from the device."""
 
     def __init__(self, measured: Measured, groups: Groups, found_inf: Tensor | None):
-        self._due, self._events = [(number, groups[number]) for number in measured.due], []
+        self._due = [(number, groups[number]) for number in measured.due]
+        self._events: list[Any] = []
         self._skipped = None if found_inf is None else self._sent(found_inf.reshape(1) != 0)
-        self._parts = []
+        self._parts: list[tuple[Bucket, Selection, Tensor]] = []
         for bucket, selection, rows in measured.rows:
             lost = rows[:, Column.REFRESHES] == bucket.table[selection.rows][:, Column.REFRESHES]
             self._parts.append((bucket, selection, self._sent(lost & (selection.elements > 0))))
