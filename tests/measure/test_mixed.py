@@ -71,9 +71,8 @@ def test_no_measurement_leaves_the_range_of_float16(kind, times, name, curvature
     found = measured(kind, name, torch.float16, 65536 / times, times, curvature=curvature)
     assert {row["refreshes"] for row in found.diagnostics().values()} == {MEASUREMENTS}
     wanted = measured(kind, name, None, None, times, curvature=curvature)
-    torch.testing.assert_close(
-        found.rates(), wanted.rates(), rtol=0.15, atol=0
-    )  # entries of Adam that float16 rounds to another sign
+    # Where a gradient is next to 0, float16 may turn the sign of Adam's direction.
+    torch.testing.assert_close(found.rates(), wanted.rates(), rtol=0.15, atol=0)
 
 
 @EACH
