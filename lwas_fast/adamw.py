@@ -109,8 +109,7 @@ class AdamWLW(LayerwiseOptimizer):
         betas: Share of the average in the weights that are trained on (with momentum: decay of the gradient's average),
             and decay of the average of the gradient's square, shorter than torch's 0.999, so that a burst of gradients
             does not hold a layer's direction down for a thousand steps; each in [0, 1).
-        eps: Added to the denominator; greater than 0. Smaller than torch's 1e-8, so that a small loss's gradients do
-            not come near it.
+        eps: Added to the denominator; greater than 0.
         weight_decay: Decoupled decay; it is no part of the measured curvature.
         ramp_steps: Steps after warm-up over which measured rates grow linearly from 0 to full.
         cap: Most that a rate is to move a layer (schedule-free: its iterate) in a step, before `lr`, ramp and weight
@@ -131,7 +130,7 @@ class AdamWLW(LayerwiseOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1.0,
         betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-12,
+        eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
         ramp_steps: int = 0,

@@ -93,7 +93,7 @@ class Hyper:
     lr: float = 1.0
     momentum: float = 0.9  # SGD only
     betas: tuple[float, float] = (0.9, 0.99)  # AdamW only
-    eps: float = 1e-12  # AdamW only
+    eps: float = 1e-8  # AdamW only
     weight_decay: float = 0.0
     update_every: int | None = None
     curvature: str = "signs"
