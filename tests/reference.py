@@ -196,10 +196,10 @@ class Reference:
             count, rho, q = self.events[i], -g[i] @ d[i], d[i] @ d[i]
             delta2 = c.abs() + (0.0 if self.adam else h.weight_decay) * q
             w, D = (beta * old + (1 - beta) * new for old, new in ((self.w[i], 1.0), (self.D[i], F)))
-            if h.self_concordance is None:
-                t = (rho / delta2 / (1 + min(10.0, rho / (delta2 * D / w).sqrt()))).item() if D > 0 else math.nan
-            else:
-                t = closed_form(rho, delta2, h.self_concordance).item()
+            M = h.self_concordance
+            if M is None:
+                M = min(2 / (D / w) ** 0.5 if D != 0 else math.inf, 20 * (delta2**0.5 / rho).item())
+            t = closed_form(rho, delta2, M).item()
             count["negative"] += int(c < 0)
             finite = rho.isfinite() and delta2.isfinite() and (math.isfinite(t) or rho <= 0)
             if not finite or rho <= 0:

@@ -73,13 +73,11 @@ class Outcome:
             return []
         given_up = []
         for number, group in self._due:
-            lost = [
-                bucket.names[row]
-                for bucket, selection, flags in self._parts
-                if bucket.group == number
-                for row, flag in zip(sorted(set(selection.where[:, 0].tolist())), flags.tolist(), strict=True)
-                if flag
-            ]
+            lost = []
+            for bucket, selection, flags in self._parts:
+                if bucket.group == number:
+                    rows = dict.fromkeys(bucket.row[i] for i in selection.indices)
+                    lost += [bucket.names[row] for row, flag in zip(rows, flags.tolist(), strict=True) if flag]
             given_up += when.retry(group, lost)
         return given_up
 
