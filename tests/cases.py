@@ -115,16 +115,31 @@ def loss_of_vectors(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[
     return loss
 
 
-def usual(opt: torch.optim.Optimizer, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
-    """PyTorch's usual closure."""
+def closing(opt: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """PyTorch's usual closure, of any loss."""
 
     def closure() -> Tensor:
         opt.zero_grad()
-        loss = loss_of(model, batch)
-        loss.backward()
-        return loss
+        value = loss()
+        value.backward()
+        return value
 
     return closure
+
+
+def usual(opt: torch.optim.Optimizer, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    """The same, of `loss_of`."""
+    return closing(opt, lambda: loss_of(model, batch))
+
+
+def take_step(opt: torch.optim.Optimizer, loss: Callable[[], Tensor], route: str = "closure") -> None:
+    """A step by PyTorch's usual closure, or by `backward`."""
+    if route == "closure":
+        opt.step(closing(opt, loss))
+    else:
+        opt.zero_grad()
+        opt.backward(loss())
+        opt.step()
 
 
 def train(

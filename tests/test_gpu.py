@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import OPTIMIZERS
+from cases import OPTIMIZERS, take_step
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,21 +17,6 @@ from lwas_fast import AdamWLW, CurvatureError
 EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
 ROUTES = pytest.mark.parametrize("route", ["autograd", "closure"])
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-
-
-def take_step(opt, loss, route="closure"):
-    def closure():
-        opt.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    if route == "closure":
-        opt.step(closure)
-    else:
-        opt.zero_grad()
-        opt.backward(loss())
-        opt.step()
 
 
 @DEVICES

@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from cases import OPTIMIZERS, REFERENCES, batches, loss_of, small_net
+from cases import OPTIMIZERS, REFERENCES, batches, loss_of, small_net, take_step
 from torch import nn
 
 from lwas_fast.measure.probes import draw_signs
@@ -36,19 +36,7 @@ def of_quadratic(kind, how, **options):
     named = [(f"layer{i}.w", w) for i, w in enumerate(weights)]
     opt = OPTIMIZERS[kind](named, lr=0.0, **options)
     for _ in range(121):
-
-        def closure():
-            opt.zero_grad()
-            value = one_sharp_layer(weights)
-            value.backward()
-            return value
-
-        if how == "closure":
-            opt.step(closure)
-            continue
-        opt.zero_grad()
-        opt.backward(one_sharp_layer(weights))
-        opt.step()
+        take_step(opt, lambda: one_sharp_layer(weights), how)
     return weights, torch.tensor(list(opt.rates().values()))
 
 

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, loss_of, small_net
+from cases import OPTIMIZERS, batches, loss_of, small_net, take_step
 from torch.nn import functional as F
 
 ROUTES = ("backward", "closure", "accumulated", "scaler")
@@ -28,14 +28,8 @@ def trained(kind, route, options, change):
         def loss(batch=batch):
             return change(loss_of(model, batch))
 
-        def closure(loss=loss):
-            opt.zero_grad()
-            value = loss()
-            value.backward()
-            return value
-
-        if route == "closure":
-            opt.step(closure)
+        if route in ("closure", "backward"):
+            take_step(opt, loss, route)
             continue
         opt.zero_grad()
         if route == "accumulated":

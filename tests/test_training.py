@@ -7,9 +7,11 @@ of the first one (-rP prints them all), two to three times the worst that was se
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from cases import OPTIMIZERS
+from cases import OPTIMIZERS, take_step
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -112,18 +114,7 @@ def test_no_collapse(kind, name, route, seed):
     for _ in range(150):
         rows = torch.randint(0, len(x), (64,))
 
-        def closure(rows=rows):
-            opt.zero_grad()
-            loss = loss_on(rows)
-            loss.backward()
-            return loss
-
-        if route == "closure":
-            opt.step(closure)
-        else:
-            opt.zero_grad()
-            opt.backward(loss_on(rows))
-            opt.step()
+        take_step(opt, partial(loss_on, rows), route)
     model.eval()
     with torch.no_grad():
         final = loss_on(everything).item()

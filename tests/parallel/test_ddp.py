@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import batches, loss_of, small_net, usual
+from cases import batches, closing, loss_of, small_net, usual
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,17 +56,14 @@ def scaled(rank: int):
             for x, y in batches(6):
                 half = x[8 * rank : 8 * rank + 8], y[8 * rank : 8 * rank + 8]
 
-                def closure(opt=opt, parallel=parallel, half=half, factor=factor):
-                    opt.zero_grad()
-                    loss = factor * loss_of(parallel, half)
-                    loss.backward()
-                    return loss
+                def loss(parallel=parallel, half=half, factor=factor):
+                    return factor * loss_of(parallel, half)
 
                 if how == "closure":
-                    opt.step(closure)
+                    opt.step(closing(opt, loss))
                 else:
                     opt.zero_grad()
-                    opt.backward(factor * loss_of(parallel, half), ddp=parallel)
+                    opt.backward(loss(), ddp=parallel)
                     opt.step()
             found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     return found
