@@ -15,15 +15,13 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 from bench.published.workloads import WORKLOADS, Workload
 from bench.quality import store
 from bench.quality.optimizers import OURS, Name, parts
+from bench.quality.published import by_optimizer
 from bench.quality.results import standard_error
-from bench.quality.run import joined, refuse_missing, run_missing, seeds
+from bench.quality.run import add_how, joined, refuse_missing, run_missing
 
 OUT = store.OUT.parent / "published"
 
@@ -42,13 +40,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m bench.published", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=sorted({name.removesuffix("_full") for name in WORKLOADS}))
-    parser.add_argument("--full", action="store_true", help="the GPU's workload")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: the recipe's, and ours")
-    parser.add_argument("--seeds", type=seeds, default=[0], help="0, or 0-4")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER")
+    add_how(parser, OUT)
     args = parser.parse_args(argv)
     name = args.name + "_full" * args.full
     if name not in WORKLOADS:
@@ -59,8 +52,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     refuse_missing(parser, args.optimizers)
-    if args.steps is not None and args.steps < 1:
-        parser.error("--steps must be at least 1")
     return args
 
 
@@ -68,15 +59,10 @@ def summary(workload: Workload, runs: list[store.Run]) -> list[str]:
     """What is published, and the mean over the seeds of each optimizer; those of lost runs are told apart."""
     lines = [f"{workload.metric}, published: {workload.published:g} ({workload.source})"]
     lines += [f"differs: {workload.differs}"] if workload.differs else []
-    by_name: dict[str, list[store.Run]] = {}
-    for run in runs:
-        by_name.setdefault(str(run.name), []).append(run)
-    for name, of in by_name.items():
-        lost = sum(run.collapsed for run in of)
-        found = [getattr(run, workload.metric) for run in of if not run.collapsed]
+    for name, of, found in by_optimizer(runs, workload.metric):
         mean = f"{statistics.fmean(found):.4f} ± {standard_error(found):.4f}" if found else "none"
         seconds = statistics.fmean(run.seconds for run in of)
-        told = f", {lost} collapsed" if lost else ""
+        told = f", {len(of) - len(found)} collapsed" if len(found) < len(of) else ""
         lines.append(f"  {name}: {mean} ({len(of)} seeds{told}; {of[0].steps} steps, {seconds:.0f} s)")
     return lines
 

@@ -210,6 +210,23 @@ def refuse_missing(parser: argparse.ArgumentParser, names: Sequence[Name]) -> No
             parser.error(f"{name} needs {rule.module}: pip install {rule.package}")
 
 
+def step_count(text: str) -> int:
+    """Read a number of steps."""
+    if (steps := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return steps
+
+
+def add_how(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Add what `run_missing` wants to know, and from which seeds."""
+    parser.add_argument("--seeds", type=seeds, default=[0], help="0, or 0-4")
+    parser.add_argument("--steps", type=step_count, help="instead of the task's")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--full", action="store_true", help="the GPU's sizes")
+    parser.add_argument("--out", type=Path, default=out, metavar="FOLDER")
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; what could fail only after minutes of training is refused here."""
 
@@ -228,7 +245,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--optimizers", nargs="+", default=list(OURS), metavar="NAME",
         help="names, by commas or spaces: adamwlw,adamw:lr=1e-3,schedule=cosine (an option goes on after a comma)",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=seeds, default=[0], help="0, or 0-4")
     parser.add_argument(
         "--sweep",
         action="store_true",
@@ -238,11 +254,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--schedules", type=schedules, default=(), metavar="NAMES",
         help=f"of the sweep, of {','.join(SCHEDULES)}; default: each optimizer's own",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, help="instead of the task's")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--full", action="store_true", help="the GPU's sizes")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER")
+    add_how(parser, OUT)
     args = parser.parse_args(argv)
     try:
         names = [Name.parse(text) for text in joined(args.optimizers)]
@@ -255,8 +267,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         n for name in names for n in (sweep(name, args.schedules) if args.sweep and name.base in SWEPT else [name])
     ]
     refuse_missing(parser, args.optimizers)
-    if args.steps is not None and args.steps < 1:
-        parser.error("--steps must be at least 1")
     return args
 
 

@@ -26,12 +26,7 @@ from bench.quality.tasks import EVERY_TASK  # noqa: E402
 NANOGPT = workloads.WORKLOADS["nanogpt"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

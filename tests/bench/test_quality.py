@@ -37,12 +37,7 @@ def trained(name: str, steps: int, seed: int = 0) -> store.Run:
     return run.train((TINY, Name.parse(name), seed), steps, False, "cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", tasks.EVERY_TASK)
