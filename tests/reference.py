@@ -216,8 +216,9 @@ class Reference:
     def _shares(self) -> list[float]:
         size = [abs(last["curvature"]) ** 0.5 for last in self.last]
         known = sorted(x for x in size if x > 0)
-        half = known[(len(known) - 1) // 2] if known else 0.0
-        return [2.0 ** math.floor(math.log2(half / x)) if x > 8 * half > 0 else 1.0 for x in size]
+        most = 100 * known[(len(known) - 1) // 2] if known else math.inf
+        rest = math.hypot(*(x for x in known if x <= most))
+        return [min(1.0, 2.0 ** math.floor(math.log2(rest / x))) if x > most else 1.0 for x in size]
 
     def _update(self, i: int, g: Tensor) -> None:
         h, self.applied[i], alive = self.hyper, 0.0, (g * g).isfinite()

@@ -197,10 +197,9 @@ def make_probes(
     return probes
 
 
-# Of a layer dominated by another's terms only the root of the true ratio shows, so this is to be small. But it is too
-# small: ordinary layers reach 25 (the hidden layer of the demo's CNN) and 70 (SGDLW's embeddings), and the terms with
-# others, divided by the share, then pass for curvature of their own. See docs/method.md.
-_LONE = 8.0
+# Of a layer dominated by another's terms only the root of the true ratio shows, so this should be small. But ordinary
+# layers reach 25 (the hidden layer of the demo's CNN) and 70 (SGDLW's embeddings). See docs/method.md.
+_LONE = 100.0
 
 
 @torch.no_grad()
@@ -209,9 +208,10 @@ def shares(probes: Sequence[Probe], estimator: str, lengths: Sequence[Tensor] | 
 
     With "signs" the terms between two layers, about the product of their deltas, cancel on average only. Where one
     layer's curvature is absurd (1e15: LayerNorm over pixels that are all 0), they drown what is to be measured of the
-    others. Such a layer's direction is shortened to what makes its delta the median of all, by a power of two, which
-    rounds nothing. Deltas are those of the last measurement, times `lengths` (for each probe (S,)) where directions
-    are multiplied by such.
+    others. Such a layer's direction is shortened to what makes its delta that of all ordinary layers together: then it
+    at most doubles the noise of theirs, and what they leave in its own estimate is no more than that is. Shares are
+    powers of two, which round nothing. Deltas are those of the last measurement, times `lengths` (for each probe (S,))
+    where directions are multiplied by such.
     """
     if estimator != "signs" or not probes:
         return [torch.ones_like(probe.rows[:, Column.WEIGHT]) for probe in probes]
@@ -222,11 +222,12 @@ def shares(probes: Sequence[Probe], estimator: str, lengths: Sequence[Tensor] | 
     ordered = torch.cat([delta.to(deltas[0].device) for delta in deltas]).sort().values  # NaN last
     half = (ordered.isfinite().sum() - 1).clamp(min=0) // 2
     median = ordered.gather(0, half.view(1))[0]  # not nanmedian, which may wait for the device to know an index
+    most = _LONE * median
+    ordinary = ordered.where(ordered <= most, 0.0).norm()
     found = []
     for delta in deltas:
-        middle = median.to(delta)
-        lone = (delta > _LONE * middle) & (middle > 0)
-        found.append(torch.where(lone, power_of_two(middle / delta), 1.0))
+        share = power_of_two(ordinary.to(delta) / delta).clamp(max=1.0)
+        found.append(torch.where(delta > most.to(delta), share, 1.0))
     return found
 
 
