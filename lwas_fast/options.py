@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
 # What the method has one value for.
-SELF_CONCORDANCE = 2.0  # M of the closed form, times the root of the mean size of the loss
-MOST_DAMPING = 10.0  # most that M/2 rho/delta counts with, should a loss cross 0
+MOST_PROMISED = 100.0  # most that a step's promise counts with, as a multiple of the loss, should that cross 0
 
 ESTIMATORS = ("signs", "blocks")
 HVP_MODES = ("autograd", "finite_difference")
@@ -46,7 +45,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "probe": ("gradient", "curvature is always measured along the direction that the gradient alone gives"),
     "self_concordance": (
         2.0,
-        "M of the closed form goes by the size of the loss, so that the scale of the loss does not matter",
+        "steps are bounded by the size of the loss instead, so that the scale of the loss does not matter",
     ),
     "negative_curvature": ("abs", "the size of negative curvature is taken"),
     "damping": (0.0, "nothing is added to the curvature but SGDLW's weight decay"),

@@ -4,8 +4,8 @@ After Bahamou & Goldfarb, arXiv 2305.13664 (its published summary). Of a layer �
 gradient, m, v moments, H_λλ block of the Hessian, n updates with this one; k steps before; γ weight decay. β₁ is SGD's
 momentum.
 
-    ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ (+ γ‖d‖², SGD)    t = ρ / (δ (δ + (M/2) ρ)),  M = 2/√⟨F⟩
-    F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d
+    ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ (+ γ‖d‖², SGD)    t = ρ / (δ (δ + (M/2) ρ)) / P,  M = ρ/(δ⟨F⟩),  P = 1 for a given M
+    F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d and P = 1
 
 Refresh at k = warmup_steps and then every T steps, T = update_every or, without one, (k − warmup_steps)/10 rounded
 down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← g + γW, D = 1):
@@ -13,10 +13,12 @@ down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← 
     v⁺ = β₂v + (1−β₂)g²    v̂ = v⁺/(1−β₂ⁿ)     D = 1/(√v̂ + ε)
     d  = −Dg
     c  = z_λ⟨d_λ, (Hv)_λ⟩/s_λ, v = (z_μ s_μ d_μ)_μ (signs), or ⟨d_λ, H_λλ d_λ⟩ (blocks)
-    s  = 1, but h/√|c| rounded down to a power of two where √|c| > 8h; c here of the last refresh, h median of √|c|
+    s  = 1, but h/√|c| rounded down to a power of two, at most 1, where √|c| > 100 times its median over layers; c of the
+         last refresh, h the root of the sum of all other |c|
     ρ  = −⟨g, d⟩           q = ‖d‖²           δ² = |c| (AdamW), |c| + γq (SGD)
     β  = exp(−T/rate_horizon), 0 for a horizon of 0; it is max(100, 5T), T the steps since the last refresh
-    ⟨F⟩ = mean of |F| over refreshes, this one too: (βD + (1−β)|F|)/(βw + (1−β)), D kept as E is; (M/2)ρ/δ ≤ 10
+    ⟨F⟩ = mean of |F| over refreshes, this one too: (βD + (1−β)|F|)/(βw + (1−β)), D kept as E is; x = ρ²/(δ²⟨F⟩) ≤ 100,
+    so t = ρ/δ²/(1 + x/2)/P, P = max(1, Σ x/(1 + x/2)) over all layers: the sum of all tρ is no more than ⟨F⟩
     t ← min(t, max_growth · rate), max_growth = 10; AdamW: 100, then E ← min(E, 10tw)
     E ← βE + (1−β)t        w ← βw + (1−β)     rate = E/w      (E, w start at 0, rate at warmup_rate)
 
@@ -106,7 +108,7 @@ class Hyper:
     # Constants of the package; the tests of the theory vary them.
     rate_horizon: float | None = None
     max_growth: float = 10.0
-    self_concordance: float | None = None  # M; None: 2/√⟨F⟩
+    self_concordance: float | None = None  # M; None: ρ/(δ⟨F⟩)
 
 
 class Reference:
@@ -191,14 +193,14 @@ class Reference:
         beta = math.exp(-T / horizon) if horizon > 0 else 0.0
         s = self._shares() if h.curvature == "signs" else [1.0] * len(g)
         d_s = torch.cat([s_i * d_i for s_i, d_i in zip(s, d, strict=True)])
+        found = []
         for i, c in enumerate(curvature(H, d_s, layers, h.curvature, z)):
             c = c / s[i] ** 2
             count, rho, q = self.events[i], -g[i] @ d[i], d[i] @ d[i]
             delta2 = c.abs() + (0.0 if self.adam else h.weight_decay) * q
             w, D = (beta * old + (1 - beta) * new for old, new in ((self.w[i], 1.0), (self.D[i], F)))
-            M = h.self_concordance
-            if M is None:
-                M = min(2 / (D / w) ** 0.5 if D != 0 else math.inf, 20 * (delta2**0.5 / rho).item())
+            x = (rho * (rho / delta2) / (D / w)).clamp(max=100.0)
+            M = x * delta2**0.5 / rho if h.self_concordance is None else h.self_concordance
             t = closed_form(rho, delta2, M).item()
             count["negative"] += int(c < 0)
             finite = rho.isfinite() and delta2.isfinite() and (math.isfinite(t) or rho <= 0)
@@ -206,12 +208,15 @@ class Reference:
                 count["nondescent" if finite else "nonfinite"] += 1
                 continue
             self.last[i] = {"descent": rho.item(), "curvature": c.item(), "q": q.item()}
-            limit = h.max_growth * self.rate[i] if count["refreshes"] > 0 else math.inf
-            count["growth"] += int(t > limit)
-            t = min(t, limit)
+            found.append((i, t, w, D, (x / (1 + x / 2)).item()))
+        P = max(1.0, sum(promise for *_, promise in found)) if h.self_concordance is None else 1.0
+        for i, t, w, D, _ in found:
+            limit = h.max_growth * self.rate[i] if self.w[i] > 0 else math.inf
+            self.events[i]["growth"] += int(t / P > limit)
+            t = min(t / P, limit)
             self.E[i] = beta * min(self.E[i], self.max_fall * t * self.w[i] if self.w[i] > 0 else 0.0) + (1 - beta) * t
             self.w[i], self.D[i] = w, D
-            count["refreshes"] += 1
+            self.events[i]["refreshes"] += 1
 
     def _shares(self) -> list[float]:
         size = [abs(last["curvature"]) ** 0.5 for last in self.last]

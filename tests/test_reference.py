@@ -29,11 +29,14 @@ def four_numbers(W):
 @pytest.mark.parametrize(
     ("options", "z", "c", "t"),
     [
-        # z₁z₂ = −1, so c = δ² = (2, 7) − (−1) = (3, 8), whatever γ; F = 5/2 − 2 + 7/2 = 4, M = 2/√4 = 1, so
-        # t = 2/(√3(√3 + 1)) and 5/(√8(√8 + 5/2)).
-        ({"curvature": "signs"}, [1, -1], (3, 8), (2 / (3 + 3**0.5), 5 / (8 + 2.5 * 8**0.5))),
-        ({"curvature": "signs"}, [-1, 1], (3, 8), (2 / (3 + 3**0.5), 5 / (8 + 2.5 * 8**0.5))),
-        # z₁z₂ = +1: c = (2, 7) + (−1) = (1, 6); M = 0 leaves ρ/δ² = 2/1 and 5/6.
+        # z₁z₂ = −1, so c = δ² = (2, 7) − (−1) = (3, 8), whatever γ; F = 5/2 − 2 + 7/2 = 4, so t = ρ/(δ² + ρ²/2F) =
+        # 2/(3 + 4/8), 5/(8 + 25/8); these promise tρ/F = 2/7 + 50/89 < 1.
+        ({"curvature": "signs"}, [1, -1], (3, 8), (4 / 7, 40 / 89)),
+        ({"curvature": "signs"}, [-1, 1], (3, 8), (4 / 7, 40 / 89)),
+        # z₁z₂ = +1: c = (2, 7) + (−1) = (1, 6): t = 2/(1 + 1/2), 5/(6 + 25/8), which promise 2/3 + 50/73 = 296/219,
+        # more than 1, so both are divided by that.
+        ({"curvature": "signs"}, [1, 1], (1, 6), (4 / 3 * 219 / 296, 40 / 73 * 219 / 296)),
+        # Likewise, but M = 0 leaves ρ/δ² = 2/1 and 5/6.
         ({"curvature": "signs", "self_concordance": 0.0}, [1, 1], (1, 6), (2.0, 5 / 6)),
         # Blocks: c = (2, 7), δ = (√2, √7); M = 4 gives t = 2/(√2(√2 + 2·2)) and 5/(√7(√7 + 2·5)).
         (
@@ -43,7 +46,7 @@ def four_numbers(W):
             (2 / (2 + 4 * 2**0.5), 5 / (7 + 10 * 7**0.5)),
         ),
     ],
-    ids=["signs", "signs flipped", "signs equal", "blocks"],
+    ids=["signs", "signs flipped", "signs equal", "given M", "blocks"],
 )
 def test_four_numbers_by_hand(options, z, c, t):
     # W = (1, −2 | 1, 1).  g₁ = w₁ = 1, g₂ = w₂ + w₃ = −1, g₃ = w₂ + 4w₃ = 2, g₄ = 3w₄ = 3.

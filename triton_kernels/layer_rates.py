@@ -1,9 +1,10 @@
 """Rates of all layers in one launch: from the vectors of a measurement to each layer's refreshed statistics.
 
 Every program sums up one chunk of one tensor. The last one of a layer to arrive, whichever that is, adds the layer's
-chunks in a fixed order and finishes it: closed form, guards, averages. So results are equal bit for bit from run to
-run, layers finish beside each other, and nothing is left to launch. `lwas_fast/rates/closed_form.py` is the same in
-plain torch, `lwas_fast/rates/launch.py` lays out what is handed over here.
+chunks in a fixed order. The last of all finishes all layers side by side, for their steps depend on each other: closed
+form, promises, guards, averages. So results are equal bit for bit from run to run, and nothing is left to launch.
+`lwas_fast/rates/closed_form.py` is the same in plain torch, `lwas_fast/rates/launch.py` lays out what is handed over
+here.
 
 Sums are float32 within a chunk (a few additions in each lane, then a tree) and float64 across chunks.
 """
@@ -15,12 +16,12 @@ from enum import IntEnum
 import triton
 import triton.language as tl
 
-from lwas_fast.options import MOST_DAMPING, SELF_CONCORDANCE
+from lwas_fast.options import MOST_PROMISED
 from lwas_fast.table import Column, Sums
 
 CHUNK = 16384  # elements that a program sums up; a multiple of BLOCK
 BLOCK = 2048  # elements that it takes at a time
-AT_ONCE = 256  # partial sums that a layer's last program takes at a time
+AT_ONCE = 256  # partial sums that a layer's last program takes at a time, and layers that the last of all does
 WARPS = 8
 
 
@@ -79,8 +80,7 @@ _FIRST_AT, _CHUNKS_AT, _ROW_AT, _FACTOR_AT, _LOSS_AT = _names(*Layers)
 _DESCENT_SUM, _CURVATURE_SUM, _SQUARE_SUM = _names(*Sums)
 _COLUMNS, _SUMS, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Sums)), tl.constexpr(len(Numbers))
 _TENSORS, _CHUNKS, _LAYERS = tl.constexpr(len(Tensors)), tl.constexpr(len(Chunks)), tl.constexpr(len(Layers))
-_LANES = tl.constexpr(1 << (len(Column) - 1).bit_length())  # of a row: a power of two
-_HALF_M, _MOST_DAMPING = tl.constexpr(0.5 * SELF_CONCORDANCE), tl.constexpr(MOST_DAMPING)
+_MOST_PROMISED = tl.constexpr(MOST_PROMISED)
 
 
 @triton.jit
@@ -150,46 +150,100 @@ def _not(x):
 
 
 @triton.jit
-def _finish(descent, sampled, square, loss_now, row, numbers, new):
-    """Take a layer's sums into its statistics: `closed_form.refresh`, for one layer."""
-    average, weight = tl.load(row + _AVERAGE), tl.load(row + _WEIGHT)
-    beta = tl.load(numbers + _BETA)
-
-    curvature = tl.abs(sampled) + tl.load(numbers + _DECAY) * square
-    newton = tl.div_rn(descent, curvature)
-    weight_now = beta * weight + (1 - beta)
-    loss = beta * tl.load(row + _LOSS) + (1 - beta) * loss_now
-    damping = tl.sqrt_rn(tl.div_rn(descent * newton, tl.div_rn(loss, weight_now))) * _HALF_M
-    rate = tl.div_rn(newton, 1.0 + tl.where(damping > _MOST_DAMPING, _MOST_DAMPING, damping))
-    finite = _finite(descent) & _finite(curvature) & _finite(loss)
-    # Without curvature the closed form has no answer; without descent it has a meaningless one.
-    nonfinite = _not(finite) | ((descent > 0) & _not(_finite(rate)))
-    no_descent = _not(nonfinite) & (descent <= 0)
-    usable = _not(nonfinite | no_descent)
-
-    known = weight > 0
-    present = tl.where(known, tl.div_rn(average, tl.where(known, weight, 1.0)), tl.load(numbers + _UNMEASURED))
-    limit = present * tl.load(numbers + _MAX_GROWTH)
-    grew = usable & known & (rate > limit)
-    rate = tl.where(grew, limit, rate)
-
-    lanes = tl.arange(0, _LANES)
-    found = tl.load(row + lanes, mask=lanes < _COLUMNS, other=0.0)
-    kept = tl.where(known, tl.minimum(average, rate * weight * tl.load(numbers + _MAX_FALL)), 0.0)
-    found = tl.where((lanes == _AVERAGE) & usable, beta * kept + (1 - beta) * rate, found)
-    found = tl.where((lanes == _WEIGHT) & usable, weight_now, found)
-    found = tl.where((lanes == _LOSS) & usable, loss, found)
-    found = tl.where(lanes == _DESCENT, tl.where(usable, descent, tl.load(row + _DESCENT)), found)
-    found = tl.where(lanes == _CURVATURE, tl.where(usable, sampled, tl.load(row + _CURVATURE)), found)
-    found += tl.where(lanes == _REFRESHES, tl.where(usable, 1.0, 0.0), 0.0)
-    found += tl.where(lanes == _NEGATIVE, tl.where(sampled < 0, 1.0, 0.0), 0.0)
-    found += tl.where(lanes == _NONFINITE, tl.where(nonfinite, 1.0, 0.0), 0.0)
-    found += tl.where(lanes == _NO_DESCENT, tl.where(no_descent, 1.0, 0.0), 0.0)
-    found += tl.where(lanes == _GREW, tl.where(grew, 1.0, 0.0), 0.0)
-    tl.store(new + lanes, found, mask=lanes < _COLUMNS)
+def _row_of(layers, at, mask):
+    return tl.load(layers + at * _LAYERS + _ROW_AT, mask=mask, other=0).to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
+def _closed_form(sums, layers, numbers, at, mask):
+    """What the sums of some layers say: `closed_form.closed_form`, for a block of layers."""
+    sums += at * _SUMS  # not from the first-level cache, see `_total`
+    descent = tl.load(sums + _DESCENT_SUM, mask=mask, other=0.0, cache_modifier=".cg")
+    sampled = tl.load(sums + _CURVATURE_SUM, mask=mask, other=0.0, cache_modifier=".cg")
+    square = tl.load(sums + _SQUARE_SUM, mask=mask, other=0.0, cache_modifier=".cg")
+    row = _row_of(layers, at, mask)
+    loss_at = tl.load(layers + at * _LAYERS + _LOSS_AT, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    numbers += at * _NUMBERS
+    beta = tl.load(numbers + _BETA, mask=mask, other=0.0)
+    weight = beta * tl.load(row + _WEIGHT, mask=mask, other=0.0) + (1 - beta)
+    loss_now = tl.load(loss_at, mask=mask, other=0.0)
+    loss = beta * tl.load(row + _LOSS, mask=mask, other=0.0) + (1 - beta) * loss_now
+
+    curvature = tl.abs(sampled) + tl.load(numbers + _DECAY, mask=mask, other=0.0) * square
+    newton = tl.div_rn(descent, curvature)
+    most = tl.div_rn(descent * newton, tl.div_rn(loss, weight))
+    most = tl.where(most > _MOST_PROMISED, _MOST_PROMISED, most)
+    rate = tl.div_rn(newton, 1.0 + 0.5 * most)
+    finite = _finite(descent) & _finite(curvature) & _finite(loss)
+    # Without curvature the closed form has no answer; without descent it has a meaningless one.
+    usable = finite & (descent > 0) & _finite(rate)
+    promised = tl.where(usable & mask, tl.div_rn(most, 1.0 + 0.5 * most), 0.0)
+    return descent, sampled, weight, loss, rate, promised, usable, finite & (descent <= 0)
+
+
+@triton.jit
+def _finish(sums, layers, numbers, out, count, at_once: tl.constexpr):
+    """Take the sums of all layers into their statistics: `closed_form.refresh`."""
+    lanes = tl.arange(0, at_once).to(tl.int64)
+    together = tl.zeros([at_once], tl.float32)
+    i = 0
+    while i < count:
+        at = i + lanes
+        together += _closed_form(sums, layers, numbers, at, at < count)[5]
+        i += at_once
+    together = tl.maximum(tl.sum(together, 0), 1.0)
+    i = 0
+    while i < count:
+        at = i + lanes
+        _enter(sums, layers, numbers, out, at, at < count, together)
+        i += at_once
+
+
+@triton.jit
+def _enter(sums, layers, numbers, out, at, mask, together):
+    """The new statistics of some layers; `together` is what all steps are divided by."""
+    descent, sampled, weight_now, loss, rate, _, usable, no_descent = _closed_form(sums, layers, numbers, at, mask)
+    row = _row_of(layers, at, mask)
+    numbers += at * _NUMBERS
+    beta = tl.load(numbers + _BETA, mask=mask, other=0.0)
+    average = tl.load(row + _AVERAGE, mask=mask, other=0.0)
+    weight = tl.load(row + _WEIGHT, mask=mask, other=0.0)
+    known = weight > 0
+    unmeasured = tl.load(numbers + _UNMEASURED, mask=mask, other=0.0)
+    present = tl.where(known, tl.div_rn(average, tl.where(known, weight, 1.0)), unmeasured)
+    rate = tl.div_rn(rate, together)
+    limit = present * tl.load(numbers + _MAX_GROWTH, mask=mask, other=0.0)
+    grew = usable & known & (rate > limit)
+    rate = tl.where(grew, limit, rate)
+    most = rate * weight * tl.load(numbers + _MAX_FALL, mask=mask, other=0.0)
+    kept = tl.where(known, tl.minimum(average, most), 0.0)
+    nonfinite = _not(usable | no_descent)
+    for column in tl.static_range(_COLUMNS):
+        new = tl.load(row + column, mask=mask, other=0.0)
+        if column == _AVERAGE:
+            new = tl.where(usable, beta * kept + (1 - beta) * rate, new)
+        elif column == _WEIGHT:
+            new = tl.where(usable, weight_now, new)
+        elif column == _LOSS:
+            new = tl.where(usable, loss, new)
+        elif column == _DESCENT:
+            new = tl.where(usable, descent, new)
+        elif column == _CURVATURE:
+            new = tl.where(usable, sampled, new)
+        elif column == _REFRESHES:
+            new += tl.where(usable, 1.0, 0.0)
+        elif column == _NEGATIVE:
+            new += tl.where(sampled < 0, 1.0, 0.0)
+        elif column == _NONFINITE:
+            new += tl.where(nonfinite, 1.0, 0.0)
+        elif column == _NO_DESCENT:
+            new += tl.where(no_descent, 1.0, 0.0)
+        elif column == _GREW:
+            new += tl.where(grew, 1.0, 0.0)
+        tl.store(out + at * _COLUMNS + column, new, mask=mask)
+
+
+@triton.jit(do_not_specialize=["count_of_layers"])
 def layer_rates(
     tensors,
     chunks,
@@ -197,7 +251,9 @@ def layer_rates(
     numbers,
     partials,
     arrivals,
+    sums,
     out,
+    count_of_layers,
     with_gradient: tl.constexpr,
     finish: tl.constexpr,
     chunk: tl.constexpr,
@@ -214,8 +270,10 @@ def layer_rates(
         layers: (S, len(Layers)) int64.
         numbers: (S, len(Numbers)) float32.
         partials: (C, len(Sums)) float32, scratch.
-        arrivals: (S,) int32, zeros before and after.
-        out: (S, len(Column)) float32, the new rows; unless `finish`, (S, len(Sums)), the sums.
+        arrivals: (S + 1,) int32, zeros before and after.
+        sums: (S, len(Sums)) float32, each layer's sums.
+        out: (S, len(Column)) float32, the new rows; unless `finish` not written.
+        count_of_layers: S.
         with_gradient: Whether gradients are read; where not, a gradient is minus the direction without its sign.
         finish: Whether to go on from sums to rows.
         chunk: Elements of a full chunk.
@@ -236,31 +294,30 @@ def layer_rates(
     else:
         a, b, c = _sum_chunk(tensor, start, count, tl.float16, with_gradient, chunk, block)
 
-    numbers += layer * _NUMBERS
     mine = partials + here * _SUMS
     tl.store(mine + _DESCENT_SUM, a)
     tl.store(mine + _CURVATURE_SUM, b)
     tl.store(mine + _SQUARE_SUM, c)
     tl.debug_barrier()  # all of the program's stores before the arrival that publishes them
-    layers += layer * _LAYERS
-    expected = tl.load(layers + _CHUNKS_AT)
+    this = layers + layer * _LAYERS
+    expected = tl.load(this + _CHUNKS_AT)
     if tl.atomic_add(arrivals + layer, 1, sem="acq_rel") == expected - 1:
         tl.store(arrivals + layer, 0)  # for the next launch
-        first = tl.load(layers + _FIRST_AT)
-        row = tl.load(layers + _ROW_AT).to(tl.pointer_type(tl.float32))
-        factor = tl.load(tl.load(layers + _FACTOR_AT).to(tl.pointer_type(tl.float32)))
+        first = tl.load(this + _FIRST_AT)
+        factor = tl.load(tl.load(this + _FACTOR_AT).to(tl.pointer_type(tl.float32)))
         square = _total(partials + _SQUARE_SUM, first, expected, at_once)
-        factor *= tl.load(numbers + _SCALE)
+        factor *= tl.load(numbers + layer * _NUMBERS + _SCALE)
         curvature = _total(partials + _CURVATURE_SUM, first, expected, at_once) * factor
         descent = square
         if with_gradient:
-            descent = _total(partials + _DESCENT_SUM, first, expected, at_once) * -tl.load(numbers + _SIGN)
+            sign = tl.load(numbers + layer * _NUMBERS + _SIGN)
+            descent = _total(partials + _DESCENT_SUM, first, expected, at_once) * -sign
+        mine = sums + layer * _SUMS
+        tl.store(mine + _DESCENT_SUM, descent.to(tl.float32))
+        tl.store(mine + _CURVATURE_SUM, curvature.to(tl.float32))
+        tl.store(mine + _SQUARE_SUM, square.to(tl.float32))
         if finish:
-            new = out + layer * _COLUMNS
-            loss = tl.load(tl.load(layers + _LOSS_AT).to(tl.pointer_type(tl.float32)))
-            _finish(descent.to(tl.float32), curvature.to(tl.float32), square.to(tl.float32), loss, row, numbers, new)
-        else:
-            out += layer * _SUMS
-            tl.store(out + _DESCENT_SUM, descent.to(tl.float32))
-            tl.store(out + _CURVATURE_SUM, curvature.to(tl.float32))
-            tl.store(out + _SQUARE_SUM, square.to(tl.float32))
+            tl.debug_barrier()  # as above
+            if tl.atomic_add(arrivals + count_of_layers, 1, sem="acq_rel") == count_of_layers - 1:
+                tl.store(arrivals + count_of_layers, 0)
+                _finish(sums, layers, numbers, out, count_of_layers, at_once)

@@ -1,10 +1,12 @@
-r"""Curvature to step sizes in plain torch: sums, closed form, averages, guards, for all layers of a bucket at once.
+r"""Curvature to step sizes in plain torch: sums, closed form, averages, guards, for all layers at once.
 
-The step size along a direction d with descent \(\rho = -\langle g, d\rangle\) and curvature
-\(\delta^2 = \langle d, H d\rangle\) is \(t = \rho / (\delta (\delta + \tfrac{M}{2}\rho))\), the minimiser of the
-upper bound that self-concordance with constant M gives (Bahamou & Goldfarb, arXiv 2305.13664). M is 2 over the root
-of the mean size of the loss at measurements, so a multiple of the loss has the same steps. That, averages and guards
-are ours; `tests/reference.py` defines them in the paper's notation.
+Along a direction d with descent \(\rho = -\langle g, d\rangle\) and curvature
+\(\delta^2 = \langle d, H d\rangle\) the step is \(t = \rho / (\delta^2 + \rho^2 / 2F)\), F being the mean size of
+the loss at measurements: 1/t is that of Newton's step \(\rho / \delta^2\) plus that of \(2 F / \rho\), the least
+point of a parabola with this slope that falls to 0. To first order a step promises \(t \rho\). Where all layers
+together promise more than F, all steps are divided by that ratio, as in Polyak's step. A multiple of the loss has the
+same steps. It is the step of Bahamou & Goldfarb, arXiv 2305.13664, \(\rho / (\delta (\delta + \tfrac{M}{2}\rho))\),
+with \(M = \rho / (\delta F)\). That, averages and guards are ours; `tests/reference.py` defines them.
 
 Nothing here reads a number back from the device.
 """
@@ -12,14 +14,14 @@ Nothing here reads a number back from the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lwas_fast.layers import upload
 from lwas_fast.measure import Probe, Products
-from lwas_fast.options import MOST_DAMPING, SELF_CONCORDANCE
+from lwas_fast.options import MOST_PROMISED
 from lwas_fast.rates.when import memory
 from lwas_fast.table import Column, Sums
 
@@ -58,20 +60,48 @@ def layer_sums(probe: Probe, products: Products) -> Tensor:
     return sums
 
 
-def closed_form(descent: Tensor, curvature: Tensor, loss: Tensor) -> Tensor:
-    """The step size t = rho / (delta (delta + M/2 rho)).
+class Steps(NamedTuple):
+    """What the closed form says of each layer of a bucket, all (S,) where not said otherwise.
 
-    Args:
-        descent: rho, of any shape.
-        curvature: delta**2 >= 0, of the same.
-        loss: The mean size of the loss, which M = 2 / root is taken from; likewise.
-
-    Returns:
-        t; infinite or NaN where delta is 0.
+    Attributes:
+        table: The statistics so far, (S, len(Column)).
+        descent: rho.
+        sampled: The curvature, as measured.
+        weight: Of all measurements in the averages, this one too.
+        loss: Likewise the loss's size, times the weight.
+        rate: t, before the promises of all layers are added up.
+        promised: What that promises, t rho / F; 0 where the measurement is unusable.
+        usable: Whether it is not.
+        no_descent: Whether it is not because d is no direction of descent.
     """
+
+    table: Tensor
+    descent: Tensor
+    sampled: Tensor
+    weight: Tensor
+    loss: Tensor
+    rate: Tensor
+    promised: Tensor
+    usable: Tensor
+    no_descent: Tensor
+
+
+def closed_form(probe: Probe, sums: Tensor, group: dict[str, Any]) -> Steps:
+    """Work out what the sums (S, len(Sums)) of one measurement say of its layers."""
+    table = probe.rows
+    descent, sampled, square = sums.to(table.dtype).unbind(1)
+    beta = memory(group)
+    weight = beta * table[:, Column.WEIGHT] + (1 - beta)
+    loss = beta * table[:, Column.LOSS] + (1 - beta) * probe.loss
+    curvature = sampled.abs() + probe.l2 * square
     newton = descent / curvature
-    damping = 0.5 * SELF_CONCORDANCE * (descent * newton / loss).sqrt()
-    return newton / (1 + damping.clamp(max=MOST_DAMPING))
+    most = (descent * newton / (loss / weight)).clamp(max=MOST_PROMISED)  # what Newton's step promises
+    rate = newton / (1 + 0.5 * most)
+    finite = torch.isfinite(descent) & torch.isfinite(curvature) & torch.isfinite(loss)
+    # Without curvature the closed form has no answer; without descent it has a meaningless one.
+    usable = finite & (descent > 0) & torch.isfinite(rate)
+    promised = torch.where(usable, most / (1 + 0.5 * most), 0.0)
+    return Steps(table, descent, sampled, weight, loss, rate, promised, usable, finite & (descent <= 0))
 
 
 def current(table: Tensor, warmup_rate: float) -> Tensor:
@@ -80,37 +110,34 @@ def current(table: Tensor, warmup_rate: float) -> Tensor:
     return torch.where(weight > 0, table[:, Column.AVERAGE] / weight, warmup_rate)
 
 
-def refresh(probe: Probe, sums: Tensor, group: dict[str, Any]) -> Tensor:
-    """Take the sums of one measurement into the layers' statistics.
+def refresh(probes: Sequence[Probe], sums: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Take the sums of one measurement of all layers into their statistics.
 
     Where the measurement is unusable only `NEGATIVE`, `NONFINITE` or `NO_DESCENT` differs.
 
     Args:
-        probe: What was measured along.
-        sums: (S, len(Sums)), of its layers.
-        group: Hyperparameters.
+        probes: What was measured along.
+        sums: For each (S, len(Sums)), of its layers.
+        groups: For each the hyperparameters.
 
     Returns:
-        (S, len(Column)), the new statistics.
+        For each (S, len(Column)), the new statistics.
     """
-    table = probe.rows
+    found = [closed_form(*measured) for measured in zip(probes, sums, groups, strict=True)]
+    if not found:
+        return []
+    promised = torch.stack([steps.promised.sum().to(found[0].table) for steps in found]).sum()
+    together = promised.clamp(min=1.0)
+    measured = zip(probes, found, groups, strict=True)
+    return [_enter(probe, steps, together.to(steps.rate), group) for probe, steps, group in measured]
+
+
+def _enter(probe: Probe, steps: Steps, together: Tensor, group: dict[str, Any]) -> Tensor:
+    """The new statistics of a probe's layers; `together` is what all steps are divided by."""
+    table, usable = steps.table, steps.usable
     new = table.clone()
-    descent, sampled, square = sums.to(table.dtype).unbind(1)
     beta = memory(group)
-
-    def average(column: Column, value: Tensor) -> Tensor:
-        return beta * table[:, column] + (1 - beta) * value
-
-    curvature = sampled.abs() + probe.l2 * square
-    weight = average(Column.WEIGHT, torch.ones_like(descent))
-    loss = average(Column.LOSS, probe.loss.expand_as(descent))
-    rate = closed_form(descent, curvature, loss / weight)
-    finite = torch.isfinite(descent) & torch.isfinite(curvature) & torch.isfinite(loss)
-    # Without curvature the closed form has no answer; without descent it has a meaningless one.
-    nonfinite = ~finite | ((descent > 0) & ~torch.isfinite(rate))
-    no_descent = ~nonfinite & (descent <= 0)
-    usable = ~(nonfinite | no_descent)
-
+    rate = steps.rate / together
     limit = probe.max_growth * current(table, group["warmup_rate"])
     known = table[:, Column.WEIGHT] > 0
     grown = usable & known & (rate > limit)
@@ -119,17 +146,17 @@ def refresh(probe: Probe, sums: Tensor, group: dict[str, Any]) -> Tensor:
     kept = torch.where(known, torch.fmin(table[:, Column.AVERAGE], most), 0.0)  # without a limit `most` may be inf * 0
     for column, value in (
         (Column.AVERAGE, beta * kept + (1 - beta) * rate),
-        (Column.WEIGHT, weight),
-        (Column.LOSS, loss),
-        (Column.DESCENT, descent),
-        (Column.CURVATURE, sampled),
+        (Column.WEIGHT, steps.weight),
+        (Column.LOSS, steps.loss),
+        (Column.DESCENT, steps.descent),
+        (Column.CURVATURE, steps.sampled),
     ):
         new[:, column] = torch.where(usable, value, table[:, column])
     for column, event in (
         (Column.REFRESHES, usable),
-        (Column.NEGATIVE, sampled < 0),
-        (Column.NONFINITE, nonfinite),
-        (Column.NO_DESCENT, no_descent),
+        (Column.NEGATIVE, steps.sampled < 0),
+        (Column.NONFINITE, ~(usable | steps.no_descent)),
+        (Column.NO_DESCENT, steps.no_descent),
         (Column.GROWTH, grown),
     ):
         new[:, column] += event

@@ -53,7 +53,7 @@ class Plan:
         self.layers = np.array([firsts, np.diff([*firsts, len(chunks)]), rows, rows, rows], np.int64).T  # two to be set
         self.chunks = upload(chunks, torch.int64, device)
         self.partials = torch.empty(len(chunks), len(Sums), dtype=torch.float32, device=device)
-        self.arrivals = torch.zeros(layers, dtype=torch.int32, device=device)
+        self.arrivals = torch.zeros(layers + 1, dtype=torch.int32, device=device)
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self._sent: tuple[bytes, Tensor] | None = None
 
@@ -170,8 +170,9 @@ def launch(
     numbers = np.concatenate([_numbers(*triple) for triple in zip(probes, products, groups, strict=True)])
     sent = plan.send([np.array(rows, np.int64), _layer_rows(probes, products, plan, alive), numbers])
     device, with_gradient = launch_key(probes[0])
-    columns = len(Column) if finish else len(Sums)
-    out = torch.empty(len(plan.layers), columns, dtype=torch.float32, device=device)
+    count = len(plan.layers)
+    sums = torch.empty(count, len(Sums), dtype=torch.float32, device=device)
+    out = torch.empty(count, len(Column), dtype=torch.float32, device=device) if finish else sums
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if device.type == "cuda":  # the scratch may have been made on another stream
             for scratch in (*sent, plan.chunks, plan.partials, plan.arrivals, plan.one):
@@ -184,7 +185,9 @@ def launch(
             of_layers,
             plan.partials,
             plan.arrivals,
+            sums,
             out,
+            count,
             with_gradient=with_gradient,
             finish=finish,
             chunk=chunk,

@@ -106,19 +106,18 @@ def _rows(measurement: Measurement, groups: Groups, plans: launch.Plans) -> list
             together.setdefault(launch.launch_key(probe), []).append(p)
         else:
             apart.append(p)
-    # On one process rows; on several, sums that are to be averaged first.
-    alone, found = measurement.replicas is None, {}
-    for p in apart:
-        sums = layer_sums(probes[p], products[p])
-        found[p] = refresh(probes[p], sums, groups[p]) if alone else sums
+    # Promises of all layers are added up: one launch does so itself, of several and of several processes come sums.
+    alone = measurement.replicas is None
+    if alone and not apart and len(together) == 1:
+        return list(launch.launch(probes, products, groups, plans))  # type: ignore[arg-type]
+    found = {p: layer_sums(probes[p], products[p]) for p in apart}
     for members in together.values():
         mine, theirs, options = ([x[p] for p in members] for x in (probes, products, groups))
-        new = launch.launch(mine, theirs, options, plans, finish=alone)  # type: ignore[arg-type]
-        found.update(zip(members, new, strict=True))
+        sums = launch.launch(mine, theirs, options, plans, finish=False)  # type: ignore[arg-type]
+        found.update(zip(members, sums, strict=True))
     ordered = [found[p] for p in range(len(probes))]  # the same order on all replicas, whatever serves them
-    if measurement.replicas is None or not ordered:
-        return ordered
-    *averaged, loss = ddp.average([*ordered, probes[0].loss], measurement.replicas)
-    for probe in probes:
-        probe.loss = loss.to(probe.loss)
-    return [refresh(*measured) for measured in zip(probes, averaged, groups, strict=True)]
+    if measurement.replicas is not None and ordered:
+        *ordered, loss = ddp.average([*ordered, probes[0].loss], measurement.replicas)
+        for probe in probes:
+            probe.loss = loss.to(probe.loss)
+    return refresh(probes, ordered, groups)

@@ -25,8 +25,8 @@ ASSEMBLERS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def compiled(fn, pointers, constants, target, warps):
-    """The kernel as PTX; pointers start at multiples of 16, as tensors do."""
-    signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
+    """The kernel as PTX; pointers start at multiples of 16, as tensors do. What else is handed over is an int32."""
+    signature = {**dict.fromkeys(fn.arg_names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
     at = {name: i for i, name in enumerate(fn.arg_names)}
     attributes = {(at[name],): [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(fn, signature, {(at[name],): value for name, value in constants.items()}, attributes)
@@ -48,7 +48,7 @@ def used(ptx, capability):
 
 def main():
     handed = {"tensors": "*i64", "chunks": "*i64", "layers": "*i64", "numbers": "*fp32"}
-    handed |= {"partials": "*fp32", "arrivals": "*i32", "out": "*fp32"}
+    handed |= {"partials": "*fp32", "arrivals": "*i32", "sums": "*fp32", "out": "*fp32"}
     sizes = {"chunk": kernels.CHUNK, "block": kernels.BLOCK, "at_once": kernels.AT_ONCE}
     for capability in map(int, sys.argv[1:]):
         target = GPUTarget("cuda", capability, 32)

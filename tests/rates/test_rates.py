@@ -125,7 +125,7 @@ class Problem:
     def refresh(self, implementation, probe, products, plans, finish=True):
         group = self.opt.param_groups[0]
         if implementation == "torch":
-            return refresh(probe, layer_sums(probe, products), group)
+            return refresh([probe], [layer_sums(probe, products)], [group])[0]
         (found,) = launch.launch([probe], [products], [group], plans, finish, chunk=CHUNK, block=BLOCK)
         return found
 
@@ -192,7 +192,7 @@ def test_l2_is_curvature(implementation):
     sums = layer_sums(probe, products)
     assert (sums[:, Sums.CURVATURE] > 0).all()
     sums[:, Sums.CURVATURE] += 0.3 * sums[:, Sums.SQUARE]
-    expected = refresh(probe, sums, problem.opt.param_groups[0])
+    (expected,) = refresh([probe], [sums], problem.opt.param_groups)
     at = [Column.AVERAGE, Column.WEIGHT, Column.LOSS, Column.REFRESHES]
     torch.testing.assert_close(found[:, at], expected[:, at], rtol=2e-6, atol=0)
 
