@@ -34,7 +34,7 @@ def probe_of(opt: AdamWLW, indices: list[int] | None) -> tuple[Probe, Products]:
     return Probe(bucket, selection, vectors, [1.0] * len(selection.elements), 1.0, loss), products
 
 
-def by_foreach(probe: Probe, products: Products, group: dict) -> torch.Tensor:
+def by_foreach(probe: Probe, products: Products, group: dict) -> list[torch.Tensor]:
     """What one would write first."""
     gradients, directions = probe.vectors
     columns = [
@@ -42,7 +42,7 @@ def by_foreach(probe: Probe, products: Products, group: dict) -> torch.Tensor:
         torch.stack([t.sum() for t in torch._foreach_mul(products.tensors, directions)]),
         torch.stack(torch._foreach_norm(directions)).square(),
     ]
-    return refresh(probe, torch.stack(columns, 1), group)
+    return refresh([probe], [torch.stack(columns, 1)], [group])
 
 
 @pytest.mark.parametrize("measure", MEASURES)
