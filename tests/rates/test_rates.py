@@ -227,6 +227,17 @@ def test_two_dtypes_in_one_tensor_and_products_that_are_zero():
     torch.testing.assert_close(found, problem.refresh("torch", probe, mixed, {}), rtol=1e-5, atol=1e-7)
 
 
+def test_more_layers_than_the_last_program_takes_at_a_time(monkeypatch):
+    pytest.importorskip("triton")
+    from lwas_fast.triton_kernels import layer_rates as kernels
+
+    monkeypatch.setattr(kernels, "AT_ONCE", 8)
+    problem = Problem(CASES["twenty_layers"])
+    probe, products = problem.measure()
+    found, expected = (problem.refresh(implementation, probe, products, {}) for implementation in ("triton", "torch"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_gradients_that_are_minus_the_directions():
     """SGD's, which are not read: a stream less."""
     pytest.importorskip("triton")
