@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
 # What the method has one value for.
-MOST_PROMISED = 100.0  # most that a step's promise counts with, as a multiple of the loss, should that cross 0
+MOST_PROMISED = 100.0  # most that Newton's step counts as promising, in mean sizes of the loss
 
 ESTIMATORS = ("signs", "blocks")
 HVP_MODES = ("autograd", "finite_difference")

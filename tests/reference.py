@@ -4,7 +4,7 @@ After Bahamou & Goldfarb, arXiv 2305.13664 (its published summary). Of a layer �
 gradient, m, v moments, H_λλ block of the Hessian, n updates with this one; k steps before; γ weight decay. β₁ is SGD's
 momentum.
 
-    ρ = −⟨g, d⟩    δ² = ⟨d, H_λλ d⟩ (+ γ‖d‖², SGD)    t = ρ / (δ (δ + (M/2) ρ)) / P,  M = ρ/(δ⟨F⟩),  P = 1 for a given M
+    ρ = −⟨g, d⟩   δ² = ⟨d, H_λλ d⟩ (+ γ‖d‖², SGD)   t = ρ / (δ (δ + (M/2) ρ)) / P,  M = ρ/(δ⟨F⟩); P below, 1 for given M
     F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d and P = 1
 
 Refresh at k = warmup_steps and then every T steps, T = update_every or, without one, (k − warmup_steps)/10 rounded
@@ -13,12 +13,12 @@ down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← 
     v⁺ = β₂v + (1−β₂)g²    v̂ = v⁺/(1−β₂ⁿ)     D = 1/(√v̂ + ε)
     d  = −Dg
     c  = z_λ⟨d_λ, (Hv)_λ⟩/s_λ, v = (z_μ s_μ d_μ)_μ (signs), or ⟨d_λ, H_λλ d_λ⟩ (blocks)
-    s  = 1, but h/√|c| rounded down to a power of two, at most 1, where √|c| > 100 times its median over layers; c of the
-         last refresh, h the root of the sum of all other |c|
+    s  = 1, but h/√|c| rounded down to a power of two, at most 1, where √|c| > 100 times its median over layers, h²
+         the sum of |c| where it is not; c of the last refresh
     ρ  = −⟨g, d⟩           q = ‖d‖²           δ² = |c| (AdamW), |c| + γq (SGD)
     β  = exp(−T/rate_horizon), 0 for a horizon of 0; it is max(100, 5T), T the steps since the last refresh
     ⟨F⟩ = mean of |F| over refreshes, this one too: (βD + (1−β)|F|)/(βw + (1−β)), D kept as E is; x = ρ²/(δ²⟨F⟩) ≤ 100,
-    so t = ρ/δ²/(1 + x/2)/P, P = max(1, Σ x/(1 + x/2)) over all layers: the sum of all tρ is no more than ⟨F⟩
+    so t = ρ/δ²/(1 + x/2)/P, P = max(1, Σ x/(1 + x/2)) over all layers: unless x is cut, the tρ add up to ⟨F⟩ at most
     t ← min(t, max_growth · rate), max_growth = 10; AdamW: 100, then E ← min(E, 10tw)
     E ← βE + (1−β)t        w ← βw + (1−β)     rate = E/w      (E, w start at 0, rate at warmup_rate)
 

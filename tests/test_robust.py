@@ -16,6 +16,7 @@ import torch
 from cases import OPTIMIZERS, REFERENCES, batches, loss_of, small_net, take_step
 from torch import nn
 
+from lwas_fast import AdamWLW
 from lwas_fast.measure.probes import draw_signs, shares
 from lwas_fast.table import Column
 
@@ -176,6 +177,51 @@ def test_a_retry_counts_as_the_measurement_it_stands_for():
     assert weights[0] == pytest.approx(weights[1], rel=1e-6)
 
 
+def test_groups_that_are_measured_together_stay_together():
+    """For their steps share what the loss has to give. One group's lost measurement must not part them."""
+    model = Switched()
+    layers = [[(name, p) for name, p in model.named_parameters() if name.startswith(of)] for of in ("body", "extra")]
+    opt = AdamWLW([{"params": layer} for layer in layers])
+    for k, (x, _) in enumerate(batches(30, torch.float32)):
+        model.on = k > 0
+        opt.zero_grad()
+        opt.backward(model(x))
+        opt.step()
+        first, second = opt.param_groups
+        assert first["next_refresh"] == second["next_refresh"]
+
+
+class Overflow(torch.autograd.Function):
+    """The identity, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.inf
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_that_the_scaler_skips_leaves_no_measurement_of_some_layers(kind):
+    def rates(overflows):
+        torch.manual_seed(0)
+        body, head = nn.Linear(3, 4), nn.Linear(4, 1)
+        named = [(f"{of}.{name}", p) for of, m in (("body", body), ("head", head)) for name, p in m.named_parameters()]
+        opt = OPTIMIZERS[kind](named, lr=0.0, curvature="blocks")
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for overflow in (*overflows, False):
+            hidden = torch.tanh(body(torch.ones(2, 3)))
+            opt.zero_grad()
+            opt.backward(head(Overflow.apply(hidden) if overflow else hidden).square().mean(), scaler=scaler)
+            scaler.step(opt)
+            scaler.update()
+        return opt.rates(), opt.diagnostics()["head"]["refreshes"]
+
+    assert rates([True]) == rates([])
+
+
 def test_steps_that_the_scaler_skips_are_no_tries():
     model, scaler = small_net(torch.float32), torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
     opt = OPTIMIZERS["adamw"](model.named_parameters())
@@ -203,7 +249,7 @@ def test_what_is_on_its_way_survives_other_groups_and_copies():
     opt.step()
     assert copy.deepcopy(opt).param_groups[1]["next_refresh"] == 1
     opt.param_groups = opt.param_groups[:1]
-    assert not opt.curvature_due
+    assert opt.curvature_due  # together with the group that is gone
 
 
 def test_layers_without_a_direction_do_not_hide_a_sharp_one():

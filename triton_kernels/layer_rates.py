@@ -171,13 +171,13 @@ def _closed_form(sums, layers, numbers, at, mask):
 
     curvature = tl.abs(sampled) + tl.load(numbers + _DECAY, mask=mask, other=0.0) * square
     newton = tl.div_rn(descent, curvature)
-    most = tl.div_rn(descent * newton, tl.div_rn(loss, weight))
-    most = tl.where(most > _MOST_PROMISED, _MOST_PROMISED, most)
-    rate = tl.div_rn(newton, 1.0 + 0.5 * most)
+    promise = tl.div_rn(descent * newton, tl.div_rn(loss, weight))
+    promise = tl.where(promise > _MOST_PROMISED, _MOST_PROMISED, promise)
+    rate = tl.div_rn(newton, 1.0 + 0.5 * promise)
     finite = _finite(descent) & _finite(curvature) & _finite(loss)
     # Without curvature the closed form has no answer; without descent it has a meaningless one.
     usable = finite & (descent > 0) & _finite(rate)
-    promised = tl.where(usable & mask, tl.div_rn(most, 1.0 + 0.5 * most), 0.0)
+    promised = tl.where(usable & mask, tl.div_rn(promise, 1.0 + 0.5 * promise), 0.0)
     return descent, sampled, weight, loss, rate, promised, usable, finite & (descent <= 0)
 
 
@@ -185,23 +185,24 @@ def _closed_form(sums, layers, numbers, at, mask):
 def _finish(sums, layers, numbers, out, count, at_once: tl.constexpr):
     """Take the sums of all layers into their statistics: `closed_form.refresh`."""
     lanes = tl.arange(0, at_once).to(tl.int64)
-    together = tl.zeros([at_once], tl.float32)
+    promised = tl.zeros([at_once], tl.float32)
     i = 0
     while i < count:
         at = i + lanes
-        together += _closed_form(sums, layers, numbers, at, at < count)[5]
+        _, _, _, _, _, more, _, _ = _closed_form(sums, layers, numbers, at, at < count)
+        promised += more
         i += at_once
-    together = tl.maximum(tl.sum(together, 0), 1.0)
+    excess = tl.maximum(tl.sum(promised, 0), 1.0)
     i = 0
     while i < count:
         at = i + lanes
-        _enter(sums, layers, numbers, out, at, at < count, together)
+        _enter(sums, layers, numbers, out, at, at < count, excess)
         i += at_once
 
 
 @triton.jit
-def _enter(sums, layers, numbers, out, at, mask, together):
-    """The new statistics of some layers; `together` is what all steps are divided by."""
+def _enter(sums, layers, numbers, out, at, mask, excess):
+    """The new statistics of some layers; `excess` is what all steps are divided by."""
     descent, sampled, weight_now, loss, rate, _, usable, no_descent = _closed_form(sums, layers, numbers, at, mask)
     row = _row_of(layers, at, mask)
     numbers += at * _NUMBERS
@@ -211,7 +212,7 @@ def _enter(sums, layers, numbers, out, at, mask, together):
     known = weight > 0
     unmeasured = tl.load(numbers + _UNMEASURED, mask=mask, other=0.0)
     present = tl.where(known, tl.div_rn(average, tl.where(known, weight, 1.0)), unmeasured)
-    rate = tl.div_rn(rate, together)
+    rate = tl.div_rn(rate, excess)
     limit = present * tl.load(numbers + _MAX_GROWTH, mask=mask, other=0.0)
     grew = usable & known & (rate > limit)
     rate = tl.where(grew, limit, rate)
@@ -278,7 +279,7 @@ def layer_rates(
         finish: Whether to go on from sums to rows.
         chunk: Elements of a full chunk.
         block: Elements taken at a time; divides `chunk`.
-        at_once: Partial sums taken at a time.
+        at_once: Partial sums, and layers, taken at a time.
     """
     here = tl.program_id(0).to(tl.int64)
     chunks += here * _CHUNKS

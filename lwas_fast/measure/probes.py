@@ -209,7 +209,7 @@ def shares(probes: Sequence[Probe], estimator: str, lengths: Sequence[Tensor] | 
     With "signs" the terms between two layers, about the product of their deltas, cancel on average only. Where one
     layer's curvature is absurd (1e15: LayerNorm over pixels that are all 0), they drown what is to be measured of the
     others. Such a layer's direction is shortened to what makes its delta that of all ordinary layers together: then it
-    at most doubles the noise of theirs, and what they leave in its own estimate is no more than that is. Shares are
+    about doubles the noise of theirs, and what they leave in its own estimate is about as much as that is. Shares are
     powers of two, which round nothing. Deltas are those of the last measurement, times `lengths` (for each probe (S,))
     where directions are multiplied by such.
     """
@@ -223,7 +223,7 @@ def shares(probes: Sequence[Probe], estimator: str, lengths: Sequence[Tensor] | 
     half = (ordered.isfinite().sum() - 1).clamp(min=0) // 2
     median = ordered.gather(0, half.view(1))[0]  # not nanmedian, which may wait for the device to know an index
     most = _LONE * median
-    ordinary = ordered.where(ordered <= most, 0.0).norm()
+    ordinary = (ordered / median).where(ordered <= most, 0.0).norm() * median  # squares stay in range
     found = []
     for delta in deltas:
         share = power_of_two(ordinary.to(delta) / delta).clamp(max=1.0)

@@ -3,12 +3,13 @@ r"""Curvature to step sizes in plain torch: sums, closed form, averages, guards,
 Along a direction d with descent \(\rho = -\langle g, d\rangle\) and curvature
 \(\delta^2 = \langle d, H d\rangle\) the step is \(t = \rho / (\delta^2 + \rho^2 / 2F)\), F being the mean size of
 the loss at measurements: 1/t is that of Newton's step \(\rho / \delta^2\) plus that of \(2 F / \rho\), the least
-point of a parabola with this slope that falls to 0. To first order a step promises \(t \rho\). Where all layers
-together promise more than F, all steps are divided by that ratio, as in Polyak's step. A multiple of the loss has the
-same steps. It is the step of Bahamou & Goldfarb, arXiv 2305.13664, \(\rho / (\delta (\delta + \tfrac{M}{2}\rho))\),
-with \(M = \rho / (\delta F)\). That, averages and guards are ours; `tests/reference.py` defines them.
+point of a parabola with this slope that falls to 0. To first order a step promises \(t \rho\). Where the layers
+measured together promise more than F, all their steps are divided by the excess, as in Polyak's step. A multiple of
+the loss has the same steps. But for the excess it is the step of Bahamou & Goldfarb, arXiv 2305.13664,
+\(\rho / (\delta (\delta + \tfrac{M}{2}\rho))\), with \(M = \rho / (\delta F)\). That, averages and guards are ours;
+`tests/reference.py` defines them.
 
-Nothing here reads a number back from the device.
+Nothing here reads a number back from the device, unless layers are on several.
 """
 
 from __future__ import annotations
@@ -95,12 +96,12 @@ def closed_form(probe: Probe, sums: Tensor, group: dict[str, Any]) -> Steps:
     loss = beta * table[:, Column.LOSS] + (1 - beta) * probe.loss
     curvature = sampled.abs() + probe.l2 * square
     newton = descent / curvature
-    most = (descent * newton / (loss / weight)).clamp(max=MOST_PROMISED)  # what Newton's step promises
-    rate = newton / (1 + 0.5 * most)
+    promise = (descent * newton / (loss / weight)).clamp(max=MOST_PROMISED)  # of Newton's step
+    rate = newton / (1 + 0.5 * promise)
     finite = torch.isfinite(descent) & torch.isfinite(curvature) & torch.isfinite(loss)
     # Without curvature the closed form has no answer; without descent it has a meaningless one.
     usable = finite & (descent > 0) & torch.isfinite(rate)
-    promised = torch.where(usable, most / (1 + 0.5 * most), 0.0)
+    promised = torch.where(usable, promise / (1 + 0.5 * promise), 0.0)
     return Steps(table, descent, sampled, weight, loss, rate, promised, usable, finite & (descent <= 0))
 
 
@@ -127,17 +128,17 @@ def refresh(probes: Sequence[Probe], sums: Sequence[Tensor], groups: Sequence[di
     if not found:
         return []
     promised = torch.stack([steps.promised.sum().to(found[0].table) for steps in found]).sum()
-    together = promised.clamp(min=1.0)
+    excess = promised.clamp(min=1.0)
     measured = zip(probes, found, groups, strict=True)
-    return [_enter(probe, steps, together.to(steps.rate), group) for probe, steps, group in measured]
+    return [_enter(probe, steps, excess.to(steps.rate), group) for probe, steps, group in measured]
 
 
-def _enter(probe: Probe, steps: Steps, together: Tensor, group: dict[str, Any]) -> Tensor:
-    """The new statistics of a probe's layers; `together` is what all steps are divided by."""
+def _enter(probe: Probe, steps: Steps, excess: Tensor, group: dict[str, Any]) -> Tensor:
+    """The new statistics of a probe's layers; `excess` is what all steps are divided by."""
     table, usable = steps.table, steps.usable
     new = table.clone()
     beta = memory(group)
-    rate = steps.rate / together
+    rate = steps.rate / excess
     limit = probe.max_growth * current(table, group["warmup_rate"])
     known = table[:, Column.WEIGHT] > 0
     grown = usable & known & (rate > limit)

@@ -46,7 +46,7 @@ class Outcome:
     """Which layers a measurement found no number for, on its way from the device."""
 
     def __init__(self, measured: Measured, groups: Groups, found_inf: Tensor | None):
-        self._due = [(number, groups[number]) for number in measured.due]
+        self._due = [(number, groups[number], groups[number]["last_refresh"]) for number in measured.due]
         self._events: list[Any] = []
         self._skipped = None if found_inf is None else self._sent(found_inf.reshape(1) != 0)
         self._parts: list[tuple[Bucket, Selection, Tensor]] = []
@@ -68,17 +68,20 @@ class Outcome:
         for event in self._events:
             event.synchronize()
         if self._skipped is not None and self._skipped.any():  # GradScaler skips this step: that is no try
-            for _, group in self._due:
-                group["next_refresh"] = group["steps"]
+            for _, group, last_refresh in self._due:
+                group["last_refresh"], group["next_refresh"] = last_refresh, group["steps"]
             return []
         given_up = []
-        for number, group in self._due:
+        for number, group, _ in self._due:
             lost = []
             for bucket, selection, flags in self._parts:
                 if bucket.group == number:
                     rows = dict.fromkeys(bucket.row[i] for i in selection.indices)
                     lost += [bucket.names[row] for row, flag in zip(rows, flags.tolist(), strict=True) if flag]
             given_up += when.retry(group, lost)
+        if any(when.tries_again(group) for _, group, _ in self._due):  # steps depend on each other: measured together
+            for _, group, _ in self._due:
+                group["next_refresh"] = group["steps"]
         return given_up
 
 
@@ -89,6 +92,8 @@ def take_in(measured: Measured, groups: Groups, found_inf: Tensor | None) -> Out
     """
     outcome = Outcome(measured, groups, found_inf)
     for bucket, selection, rows in measured.rows:
+        if found_inf is not None:  # what did not overflow was measured without the rest
+            rows = torch.where(found_inf.to(rows.device) == 0, rows, bucket.table[selection.rows])
         bucket.table[selection.rows] = rows
     with_gradient = {bucket.group for bucket, *_ in measured.rows}
     for number in measured.due:
@@ -109,7 +114,7 @@ def _rows(measurement: Measurement, groups: Groups, plans: launch.Plans) -> list
     # Promises of all layers are added up: one launch does so itself, of several and of several processes come sums.
     alone = measurement.replicas is None
     if alone and not apart and len(together) == 1:
-        return list(launch.launch(probes, products, groups, plans))  # type: ignore[arg-type]
+        return list(launch.launch(probes, products, groups, plans))
     found = {p: layer_sums(probes[p], products[p]) for p in apart}
     for members in together.values():
         mine, theirs, options = ([x[p] for p in members] for x in (probes, products, groups))

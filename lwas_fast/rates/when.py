@@ -33,11 +33,12 @@ def memory(group: dict[str, Any]) -> float:
     """What the averages over measurements keep of their past (beta) in a measurement now."""
     last = group["last_refresh"]
     # A layer that is tried again has not been measured a step ago.
-    elapsed = interval(group) if last is None or _tries_again(group) else group["steps"] - last
+    elapsed = interval(group) if last is None or tries_again(group) else group["steps"] - last
     return math.exp(-elapsed / max(HORIZON, HORIZON_REFRESHES * elapsed))
 
 
-def _tries_again(group: dict[str, Any]) -> bool:
+def tries_again(group: dict[str, Any]) -> bool:
+    """Whether the last measurement found no number for some layer, and the next is to be at once."""
     return any(count < TRIES for count in group.get("tries", {}).values())
 
 
@@ -52,7 +53,7 @@ def retry(group: dict[str, Any], lost: list[str]) -> list[str]:
     tries = group.pop("tries", {})
     if lost:
         group["tries"] = {name: tries.get(name, 0) + 1 for name in lost}
-    if _tries_again(group):
+    if tries_again(group):
         group["next_refresh"] = group["steps"]
     return [name for name in lost if group["tries"][name] == TRIES]
 
