@@ -178,7 +178,7 @@ class Rule(ABC):
     cap_schedule_free: ClassVar[float]
     cap_with_momentum: ClassVar[float]
     decoupled: ClassVar[bool]
-    max_growth: ClassVar[float] = 10.0
+    max_growth: ClassVar[float] = 100.0
     max_fall: ClassVar[float] = math.inf
     operator: ClassVar[str | None] = None
 

@@ -19,7 +19,7 @@ down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← 
     β  = exp(−T/rate_horizon), 0 for a horizon of 0; it is max(100, 5T), T the steps since the last refresh
     ⟨F⟩ = mean of |F| over refreshes, this one too: (βD + (1−β)|F|)/(βw + (1−β)), D kept as E is; x = ρ²/(δ²⟨F⟩) ≤ 100,
     so t = ρ/δ²/(1 + x/2)/P, P = max(1, Σ x/(1 + x/2)) over all layers: unless x is cut, the tρ add up to ⟨F⟩ at most
-    t ← min(t, max_growth · rate), max_growth = 10; AdamW: 100, then E ← min(E, 10tw)
+    t ← min(t, max_growth · rate), max_growth = 100; AdamW: then E ← min(E, 10tw)
     E ← βE + (1−β)t        w ← βw + (1−β)     rate = E/w      (E, w start at 0, rate at warmup_rate)
 
 Every step, with the gradient as it then stands (clipped, accumulated):
@@ -107,7 +107,7 @@ class Hyper:
     maximize: bool = False
     # Constants of the package; the tests of the theory vary them.
     rate_horizon: float | None = None
-    max_growth: float = 10.0
+    max_growth: float = 100.0
     self_concordance: float | None = None  # M; None: ρ/(δ⟨F⟩)
 
 
@@ -276,4 +276,4 @@ class ReferenceSGDLW(Reference):
 class ReferenceAdamWLW(Reference):
     """AdamW-LW: Adam's direction, decoupled weight decay."""
 
-    adam, max_fall, defaults = True, 10.0, Hyper(weight_decay=0.01, warmup_rate=1e-3, max_growth=100.0)
+    adam, max_fall, defaults = True, 10.0, Hyper(weight_decay=0.01, warmup_rate=1e-3)

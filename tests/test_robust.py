@@ -20,7 +20,7 @@ from lwas_fast import AdamWLW
 from lwas_fast.measure.probes import draw_signs, shares
 from lwas_fast.table import Column
 
-STEPS = {"adamw": 121, "sgd": 301}
+STEPS = 121
 
 
 def one_sharp_layer(layers, curvatures):
@@ -34,11 +34,11 @@ def one_sharp_layer(layers, curvatures):
 
 
 def of_quadratic(kind, how, curvatures, **options):
-    """Rates after steps that move nothing; SGDLW's grow by less at a measurement, so they take longer."""
+    """Rates after 13 measurements, in steps that move nothing."""
     torch.manual_seed(0)
     weights = [nn.Parameter(0.1 + torch.rand(3, dtype=torch.float64) * (c < 1e5)) for c in curvatures]
     opt = OPTIMIZERS[kind]([(f"layer{i}.w", w) for i, w in enumerate(weights)], lr=0.0, **options)
-    for _ in range(STEPS[kind]):
+    for _ in range(STEPS):
         take_step(opt, lambda: one_sharp_layer(weights, curvatures), how)
     return weights, torch.tensor(list(opt.rates().values()))
 
@@ -50,9 +50,9 @@ def test_one_absurd_layer_does_not_set_the_others_rates(kind, how):
     weights, rates = of_quadratic(kind, how, curvatures)
     _, exact = of_quadratic(kind, how, curvatures, curvature="blocks")
     assert ((rates / exact).log2().abs() < 3).all(), (rates, exact)
-    if (kind, how) == ("adamw", "backward"):  # and it is what the reference does
+    if how == "backward":  # and it is what the reference does
         ref = REFERENCES[kind]([w.detach() for w in weights], lr=0.0)
-        for k in range(STEPS[kind]):
+        for k in range(STEPS):
             ref.step(lambda layers: one_sharp_layer(layers, curvatures), z=draw_signs(0, k, 5))
         torch.testing.assert_close(rates, torch.tensor(ref.rate), rtol=1e-5, atol=0)
 
