@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
 # What the method has one value for.
+MAX_GROWTH = 100.0  # most that a measured rate may exceed the layer's present one, as a factor; it is cut to that
 MOST_PROMISED = 100.0  # most that Newton's step counts as promising, in mean sizes of the loss
 
 ESTIMATORS = ("signs", "blocks")

@@ -167,8 +167,7 @@ class Rule(ABC):
         buffers_with_momentum: Their names in the mode with momentum.
         cap_schedule_free: Default of ``cap``; likewise `cap_with_momentum`.
         decoupled: Whether weight decay acts on the weights rather than through the gradient.
-        max_growth: Most that a measured rate may exceed the layer's present one, as a factor; it is cut to that.
-        max_fall: Most that the present rate may exceed a measured one; likewise.
+        max_fall: Most that the present rate may exceed a measured one, as a factor; it is cut to that.
         operator: Name of the compiled update in ``torch.ops.lwas_fast``; None where there is none.
     """
 
@@ -178,7 +177,6 @@ class Rule(ABC):
     cap_schedule_free: ClassVar[float]
     cap_with_momentum: ClassVar[float]
     decoupled: ClassVar[bool]
-    max_growth: ClassVar[float] = 100.0
     max_fall: ClassVar[float] = math.inf
     operator: ClassVar[str | None] = None
 

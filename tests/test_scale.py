@@ -64,7 +64,7 @@ def test_nor_does_it_in_other_modes(kind, options):
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_loss_that_crosses_zero_trains_as_well(kind):
-    """Its size is all that is taken of it, so steps differ, but for M alone."""
+    """Its size is all that is taken of it, so steps differ, but only in how they are bounded."""
     found = {}
     for shift in (0.0, 5.0, -0.5, -5.0):
         torch.manual_seed(0)

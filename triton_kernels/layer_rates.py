@@ -16,7 +16,7 @@ from enum import IntEnum
 import triton
 import triton.language as tl
 
-from lwas_fast.options import MOST_PROMISED
+from lwas_fast.options import MAX_GROWTH, MOST_PROMISED
 from lwas_fast.table import Column, Sums
 
 CHUNK = 16384  # elements that a program sums up; a multiple of BLOCK
@@ -61,8 +61,7 @@ class Numbers(IntEnum):
     DECAY = 2  # what L2 adds to the curvature
     BETA = 3  # of the averages over measurements
     UNMEASURED = 4  # rate of a layer never measured
-    MAX_GROWTH = 5  # most that a measured rate may exceed the layer's, as a factor
-    MAX_FALL = 6  # most that its rate may exceed a measured one
+    MAX_FALL = 5  # most that its rate may exceed a measured one, as a factor
 
 
 def _names(*members: IntEnum) -> list[tl.constexpr]:
@@ -73,14 +72,14 @@ def _names(*members: IntEnum) -> list[tl.constexpr]:
 _AVERAGE, _WEIGHT, _DESCENT, _CURVATURE = _names(Column.AVERAGE, Column.WEIGHT, Column.DESCENT, Column.CURVATURE)
 _REFRESHES, _NEGATIVE, _NONFINITE = _names(Column.REFRESHES, Column.NEGATIVE, Column.NONFINITE)
 _NO_DESCENT, _GREW, _LOSS = _names(Column.NO_DESCENT, Column.GROWTH, Column.LOSS)
-_SIGN, _SCALE, _DECAY, _BETA, _UNMEASURED, _MAX_GROWTH, _MAX_FALL = _names(*Numbers)
+_SIGN, _SCALE, _DECAY, _BETA, _UNMEASURED, _MAX_FALL = _names(*Numbers)
 _GRADIENT_AT, _DIRECTION_AT, _PRODUCT_AT, _KIND_AT = _names(*Tensors)
 _TENSOR_AT, _NUMBER_AT, _COUNT_AT, _LAYER_AT = _names(*Chunks)
 _FIRST_AT, _CHUNKS_AT, _ROW_AT, _FACTOR_AT, _LOSS_AT = _names(*Layers)
 _DESCENT_SUM, _CURVATURE_SUM, _SQUARE_SUM = _names(*Sums)
 _COLUMNS, _SUMS, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Sums)), tl.constexpr(len(Numbers))
 _TENSORS, _CHUNKS, _LAYERS = tl.constexpr(len(Tensors)), tl.constexpr(len(Chunks)), tl.constexpr(len(Layers))
-_MOST_PROMISED = tl.constexpr(MOST_PROMISED)
+_MAX_GROWTH, _MOST_PROMISED = tl.constexpr(MAX_GROWTH), tl.constexpr(MOST_PROMISED)
 
 
 @triton.jit
@@ -213,7 +212,7 @@ def _enter(sums, layers, numbers, out, at, mask, excess):
     unmeasured = tl.load(numbers + _UNMEASURED, mask=mask, other=0.0)
     present = tl.where(known, tl.div_rn(average, tl.where(known, weight, 1.0)), unmeasured)
     rate = tl.div_rn(rate, excess)
-    limit = present * tl.load(numbers + _MAX_GROWTH, mask=mask, other=0.0)
+    limit = present * _MAX_GROWTH
     grew = usable & known & (rate > limit)
     rate = tl.where(grew, limit, rate)
     most = rate * weight * tl.load(numbers + _MAX_FALL, mask=mask, other=0.0)

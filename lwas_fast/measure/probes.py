@@ -80,8 +80,7 @@ class Probe:
             maximize. A float or a tensor without dimension.
         loss: Size of the window's loss: a tensor without dimension, on the table's device and of its dtype.
         l2: What L2 adds to the curvature, times the squared length: it is part of the loss, decoupled decay is not.
-        max_growth: See `Rule`.
-        max_fall: Likewise.
+        max_fall: See `Rule`.
     """
 
     bucket: Bucket
@@ -91,7 +90,6 @@ class Probe:
     scale: Tensor | float
     loss: Tensor
     l2: float = 0.0
-    max_growth: float = math.inf
     max_fall: float = math.inf
 
     @property
@@ -191,9 +189,9 @@ def make_probes(
         if used is scaled and as_is:
             used = raw  # half the memory, where it is of half precision
         l2 = 0.0 if subject.rule.decoupled else group["weight_decay"]
-        limits = subject.rule.max_growth, subject.rule.max_fall
+        max_fall = subject.rule.max_fall
         here_size = size.to(bucket.table)
-        probes.append(Probe(bucket, selection, Vectors(used, directions), own, of_product, here_size, l2, *limits))
+        probes.append(Probe(bucket, selection, Vectors(used, directions), own, of_product, here_size, l2, max_fall))
     return probes
 
 

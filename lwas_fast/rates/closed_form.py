@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lwas_fast.layers import upload
 from lwas_fast.measure import Probe, Products
-from lwas_fast.options import MOST_PROMISED
+from lwas_fast.options import MAX_GROWTH, MOST_PROMISED
 from lwas_fast.rates.when import memory
 from lwas_fast.table import Column, Sums
 
@@ -139,7 +139,7 @@ def _enter(probe: Probe, steps: Steps, excess: Tensor, group: dict[str, Any]) ->
     new = table.clone()
     beta = memory(group)
     rate = steps.rate / excess
-    limit = probe.max_growth * current(table, group["warmup_rate"])
+    limit = MAX_GROWTH * current(table, group["warmup_rate"])
     known = table[:, Column.WEIGHT] > 0
     grown = usable & known & (rate > limit)
     rate = torch.where(grown, limit, rate)

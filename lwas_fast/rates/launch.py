@@ -113,7 +113,7 @@ def _tensor_rows(probe: Probe, products: Products, alive: list[Sequence[Tensor]]
 def _numbers(probe: Probe, products: Products, group: dict[str, Any]) -> np.ndarray:
     """`layer_rates.Numbers` of each layer of a probe."""
     scale = 1.0 if isinstance(products.factor, Tensor) else products.factor
-    common = [scale, probe.l2, memory(group), group["warmup_rate"], probe.max_growth, probe.max_fall]
+    common = [scale, probe.l2, memory(group), group["warmup_rate"], probe.max_fall]
     signs = np.array(probe.signs, np.float32)[:, None]
     return np.hstack([signs, np.tile(np.array(common, np.float32), (len(signs), 1))])
 

@@ -105,7 +105,7 @@ class Problem:
             products.append(torch.where(d == 0, 0.0, u))
         self.shrunk /= self.case.growing
         vectors, loss = Vectors(self.gradients, directions), torch.tensor(0.7, device=DEVICE)
-        probe = Probe(self.bucket, self.selection, vectors, self.signs, 1.0, loss, max_growth=100.0, max_fall=10.0)
+        probe = Probe(self.bucket, self.selection, vectors, self.signs, 1.0, loss, max_fall=10.0)
         self._tell_reference(products, directions)
         return probe, Products(products, self.case.factor)
 
