@@ -31,7 +31,9 @@ def probe_of(opt: AdamWLW, indices: list[int] | None) -> tuple[Probe, Products]:
     vectors = Vectors([p.grad for p in selection.params], copies[0])
     products = Products([c.to(p.dtype) for c, p in zip(copies[1], selection.params, strict=True)], 1.0)
     loss = torch.ones((), device=bucket.table.device)
-    return Probe(bucket, selection, vectors, [1.0] * len(selection.elements), 1.0, loss), products
+    return Probe(
+        bucket, selection, vectors, [1.0] * len(selection.elements), 1.0, loss, [0.0] * len(selection.elements)
+    ), products
 
 
 def by_foreach(probe: Probe, products: Products, group: dict) -> list[torch.Tensor]:

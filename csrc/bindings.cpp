@@ -109,9 +109,9 @@ lwas::Call call_of(lwas::Rule rule, const lwas::Options& options, const Argument
   TORCH_CHECK_VALUE(a.steps.dim() == 1 && a.steps.is_contiguous() && a.steps.scalar_type() == at::kFloat &&
                         a.steps.device() == a.table.device(),
                     "steps must be a contiguous float32 vector on the table's device");
-  TORCH_CHECK_VALUE(a.where.dim() == 2 && a.where.size(0) == count && a.where.size(1) == 2 && a.where.is_cpu() &&
+  TORCH_CHECK_VALUE(a.where.dim() == 2 && a.where.size(0) == count && a.where.size(1) == 3 && a.where.is_cpu() &&
                         a.where.scalar_type() == at::kLong && a.where.is_contiguous(),
-                    "where must be a contiguous int64 tensor on the CPU, one (row, place) for each parameter");
+                    "where must be a contiguous int64 tensor on the CPU, one (row, place, decays) for each parameter");
   TORCH_CHECK_VALUE(a.control.size() == 8, "control has ", a.control.size(), " numbers, not 8");
   const int64_t* where = a.where.const_data_ptr<int64_t>();
 
@@ -137,8 +137,8 @@ lwas::Call call_of(lwas::Rule rule, const lwas::Options& options, const Argument
     check_one(a.grads[i], "grads", i, param, param.scalar_type());
     check_one(a.firsts[i], "first moments", i, param, at::kFloat);
     if (adam) check_one(a.seconds[i], "second moments", i, param, at::kFloat);
-    const int64_t row = where[2 * i], place = where[2 * i + 1];
-    TORCH_CHECK_VALUE(row >= (i ? where[2 * i - 2] : 0) && row < a.table.size(0), "where[", i, "]: row ", row,
+    const int64_t row = where[3 * i], place = where[3 * i + 1];
+    TORCH_CHECK_VALUE(row >= (i ? where[3 * i - 3] : 0) && row < a.table.size(0), "where[", i, "]: row ", row,
                       " is out of order or of range");
     TORCH_CHECK_VALUE(place >= 0 && place < a.steps.size(0), "where[", i, "]: place ", place, " is out of range");
   }
@@ -148,7 +148,7 @@ lwas::Call call_of(lwas::Rule rule, const lwas::Options& options, const Argument
     call.slots.push_back({param.mutable_data_ptr(), memory.read(a.grads[i], param).const_data_ptr(),
                           memory.write(a.firsts[i], param).mutable_data_ptr<float>(),
                           adam ? memory.write(a.seconds[i], param).mutable_data_ptr<float>() : nullptr, param.numel(),
-                          int32_t(where[2 * i]), int32_t(where[2 * i + 1]), kind_of(param, i)});
+                          int32_t(where[3 * i]), int32_t(where[3 * i + 1]), where[3 * i + 2] != 0, kind_of(param, i)});
   }
   return call;
 }
@@ -255,7 +255,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [] {
         pybind11::dict info;
         info["torch"] = TORCH_VERSION;
-        info["interface"] = 5;  // lwas_fast.update.toolchain.INTERFACE
+        info["interface"] = 6;  // lwas_fast.update.toolchain.INTERFACE
 #ifdef LWAS_CUDA
         info["cuda"] = LWAS_CUDA;  // the architectures that were asked for
 #else

@@ -37,12 +37,13 @@ struct Table {
   int32_t place[kCapacity];
   int32_t layer_begin[kCapacity], layer_end[kCapacity];  // chunks of the tensor's layer, in the whole call
   int64_t elements[kCapacity];                           // of the layer
-  uint8_t kind[kCapacity];                               // Kind, plus kAligned
+  uint8_t kind[kCapacity];                               // Kind, plus kAligned and kDecays
   int32_t count;
   int32_t chunk_base;  // of this launch, in the whole call
   int32_t chunks;      // of this launch
 };
 constexpr uint8_t kAligned = 0x80;  // all four arrays start at multiples of 16 bytes
+constexpr uint8_t kDecays = 0x40;   // weight decay acts on the tensor
 
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }

@@ -36,6 +36,7 @@ struct Slot {
   int64_t size;
   int32_t row;    // its layer, a row of the table; does not decrease from slot to slot
   int32_t place;  // where its step count stands
+  bool decays;    // whether weight decay acts on it
   Kind kind;
 };
 

@@ -201,7 +201,7 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
     first_chunk[i] = chunks;
     chunks += chunks_of(slot.size, kChunk);
     elements += slot.size;
-    bias[i] = bias_of(call.options, call.steps[slot.place] + 1);
+    bias[i] = bias_of(call.options, call.steps[slot.place] + 1, slot.decays);
     if (i == 0 || slot.row != call.slots[i - 1].row) layers.emplace_back();
     layer_of[i] = int(layers.size()) - 1;
     layers.back().elements += double(slot.size);

@@ -37,10 +37,12 @@ static_assert(sizeof(Table<kLargeTable>) + sizeof(Scalars) <= 32764, "a launch's
 
 __device__ __forceinline__ float factor_of(const Scalars& s) { return s.sign / (s.grad_scale ? *s.grad_scale : 1.0f); }
 
+__device__ __forceinline__ Kind kind_of(uint8_t kind) { return Kind(kind & ~(kAligned | kDecays)); }
+
 // Calls body(T{}) with the element type of a tensor.
 template <typename Body>
 __device__ __forceinline__ void with_type(uint8_t kind, Body body) {
-  switch (Kind(kind & ~kAligned)) {
+  switch (kind_of(kind)) {
     case Kind::kFloat32:
       return body(float{});
     case Kind::kBFloat16:
@@ -68,11 +70,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const double elements = double(table.elements[tensor]);
     const float foreseen = foreseen_rate(s.control, row, elements);
     const bool left_alone = waits<Rule>(s.options, s.control, foreseen);
-    bias_shared = bias_of(s.options, step);
+    bias_shared = bias_of(s.options, step, table.kind[tensor] & kDecays);
     foreseen_shared = foreseen;
     rate_shared = left_alone ? 0.0f : foreseen * multiplier_of(s.control);
     state_shared = left_alone ? -step : step;
-    const bool half = Kind(table.kind[tensor] & ~kAligned) != Kind::kFloat32;
+    const bool half = kind_of(table.kind[tensor]) != Kind::kFloat32;
     limit_shared = limit_of(row, elements, half);
   }
   __syncthreads();
@@ -139,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const Settled settled = settled_shared;
     if (threadIdx.x == 0) {
       if (chunk == table.first_chunk[tensor] && settled.moves) s.steps[table.place[tensor]] = fabsf(own.state);
-      if (settled.differs()) bias_shared = bias_of(s.options, fabsf(own.state));
+      if (settled.differs()) bias_shared = bias_of(s.options, fabsf(own.state), table.kind[tensor] & kDecays);
     }
     if (!settled.differs()) continue;  // the same for all threads
     __syncthreads();
@@ -226,7 +228,7 @@ void run(const Call& call, const Scalars& scalars, cudaStream_t stream) {
       table.layer_begin[i] = span.begin;
       table.layer_end[i] = span.end;
       table.elements[i] = span.elements;
-      table.kind[i] = uint8_t(slot.kind) | (aligned(slot) ? kAligned : 0);
+      table.kind[i] = uint8_t(slot.kind) | (aligned(slot) ? kAligned : 0) | (slot.decays ? kDecays : 0);
       chunk += chunks_of(slot.size, kChunk);
     }
   }

@@ -59,8 +59,9 @@ struct Control {
   float slack;         // a step is corrected when it is longer than this many times the cap
 };
 
-// What depends on the number of the tensor's update alone.
+// What depends on the tensor alone: on the number of its update, and on whether it decays.
 struct Bias {
+  float decay;   // Options::weight_decay, or 0
   float first;   // -1 / (1 - beta1^n)
   float second;  // 1 / sqrt(1 - beta2^n)
   // Schedule-free, with c = 1/n the share of the new iterate in the average:
@@ -72,8 +73,9 @@ struct Bias {
   float undo_pull;   // pull / rest
 };
 
-LWAS_HD Bias bias_of(const Options& o, float step) {
+LWAS_HD Bias bias_of(const Options& o, float step, bool decays) {
   Bias b;
+  b.decay = decays ? o.weight_decay : 0.0f;
   // expm1: 1 - beta^n would cost float32 four digits at beta = 0.999.
   b.first = float(-1.0 / -expm1(step * o.log_beta1));
   b.second = float(1.0 / sqrt(-expm1(step * o.log_beta2)));
@@ -101,7 +103,7 @@ struct AdamW {
   static constexpr bool kDecoupled = true;
   static constexpr bool kFree = false;
 
-  LWAS_HD static void advance(const Options& o, float gradient, float, float& first, float& second) {
+  LWAS_HD static void advance(const Options& o, const Bias&, float gradient, float, float& first, float& second) {
     first = averaged(first, gradient, o.share1);
     second = averaged(second, gradient * gradient, o.share2);
   }
@@ -115,8 +117,8 @@ struct Sgd {
   static constexpr bool kDecoupled = false;
   static constexpr bool kFree = false;
 
-  LWAS_HD static void advance(const Options& o, float gradient, float weight, float& first, float&) {
-    first = averaged(first, gradient + o.weight_decay * weight, o.share1);
+  LWAS_HD static void advance(const Options& o, const Bias& b, float gradient, float weight, float& first, float&) {
+    first = averaged(first, gradient + b.decay * weight, o.share1);
   }
   LWAS_HD static float direction(const Options&, const Bias& b, float, float first, float) { return b.first * first; }
 };
@@ -126,7 +128,7 @@ struct FreeAdamW {
   static constexpr bool kDecoupled = true;
   static constexpr bool kFree = true;
 
-  LWAS_HD static void advance(const Options& o, float gradient, float, float&, float& second) {
+  LWAS_HD static void advance(const Options& o, const Bias&, float gradient, float, float&, float& second) {
     second = averaged(second, gradient * gradient, o.share2);
   }
   LWAS_HD static float direction(const Options& o, const Bias& b, float gradient, float, float second) {
@@ -140,7 +142,7 @@ struct FreeSgd {
   static constexpr bool kDecoupled = false;
   static constexpr bool kFree = true;
 
-  LWAS_HD static void advance(const Options&, float, float, float&, float&) {}
+  LWAS_HD static void advance(const Options&, const Bias&, float, float, float&, float&) {}
   LWAS_HD static float direction(const Options&, const Bias&, float gradient, float, float) { return -gradient; }
 };
 
@@ -154,8 +156,8 @@ LWAS_HD void settle_state(const Bias& b, float gradient, float exact, float stor
 }
 
 template <typename Rule>
-LWAS_HD float kept(const Options& o, float rate) {
-  return Rule::kDecoupled ? 1.0f - rate * o.weight_decay : 1.0f;
+LWAS_HD float kept(const Bias& b, float rate) {
+  return Rule::kDecoupled ? 1.0f - rate * b.decay : 1.0f;
 }
 
 // How far the first pass moves a weight: no further than `limit`, some times the size of a weight, lest taking it back
@@ -180,25 +182,25 @@ LWAS_HD void advance_element(const Options& o, const Bias& b, float rate, float 
                              float& first, float& second, Sums& sums) {
   const bool finite = is_finite(gradient);
   float m = first, v = second;
-  Rule::advance(o, gradient, weight, m, v);
+  Rule::advance(o, b, gradient, weight, m, v);
   first = finite ? m : first;
   if (Rule::kSecond) second = finite ? v : second;
   const float direction = Rule::direction(o, b, gradient, m, v);
   const float d = finite ? direction : 0.0f;
   const float move = rate * d;
-  const float whole = Rule::kFree && !Rule::kDecoupled && finite ? d - o.weight_decay * weight : d;
+  const float whole = Rule::kFree && !Rule::kDecoupled && finite ? d - b.decay * weight : d;
   sums.length += whole * whole;
   sums.size += weight * weight;
   sums.skipped += finite ? 0.0f : 1.0f;
   const float size = fabsf(move);
   sums.reach = size > sums.reach ? size : sums.reach;
   if (Rule::kFree) {
-    const float step = held_back(move, limit) - rate * o.weight_decay * weight;
+    const float step = held_back(move, limit) - rate * b.decay * weight;
     const float next = weight + (b.ahead * step + b.pull * first), offset = b.rest * (first + step);
     weight = finite ? next : weight;
     first = finite ? offset : first;
   } else {
-    const float next = kept<Rule>(o, rate) * weight + held_back(move, limit);
+    const float next = kept<Rule>(b, rate) * weight + held_back(move, limit);
     weight = finite ? next : weight;
   }
 }
@@ -209,16 +211,16 @@ LWAS_HD float correct_element(const Options& o, const Bias& b, float before, flo
                               float weight, float& first, float second) {
   const float d = Rule::direction(o, b, gradient, first, second);
   if (Rule::kFree) {  // moves add up, and only the decay asks for the weight before
-    const float moved = held_back(before * d, limit), decay = before * o.weight_decay;
+    const float moved = held_back(before * d, limit), decay = before * b.decay;
     const float start = (weight - b.undo_ahead * moved - b.undo_pull * first) / (1.0f - b.undo_ahead * decay);
-    const float more = (rate * d - moved) - (rate - before) * o.weight_decay * start;
+    const float more = (rate * d - moved) - (rate - before) * b.decay * start;
     const float next = weight + b.ahead * more, offset = first + b.rest * more;
     first = is_finite(gradient) ? offset : first;
     return is_finite(gradient) ? next : weight;
   }
-  const float back = (weight - held_back(before * d, limit)) / kept<Rule>(o, before);
+  const float back = (weight - held_back(before * d, limit)) / kept<Rule>(b, before);
   const float start = before != 0.0f ? back : weight;
-  const float next = kept<Rule>(o, rate) * start + rate * d;
+  const float next = kept<Rule>(b, rate) * start + rate * d;
   return is_finite(gradient) ? next : weight;
 }
 

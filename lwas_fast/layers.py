@@ -107,6 +107,7 @@ class Bucket:
         row: For each parameter, the row of its layer in `table`; does not decrease.
         names: Layer names, one for each row.
         table: (L, len(Column)), each layer's statistics: see table.Column.
+        decays: For each parameter, whether weight decay acts on it.
         steps: (N,) float32, the updates that each parameter has had.
         counts: Views of `steps`, one for each parameter.
     """
@@ -116,6 +117,7 @@ class Bucket:
     row: list[int]
     names: list[str]
     table: Tensor
+    decays: list[bool]
     steps: Tensor
     counts: list[Tensor]
     _selections: dict[tuple[int, ...], Selection] = field(default_factory=dict)
@@ -142,11 +144,12 @@ class Bucket:
         elements = upload([sum(self.params[indices[n]].numel() for n in m) for m in members], torch.int64, device)
         contiguous = rows == list(range(rows[0], rows[-1] + 1))
         which = slice(rows[0], rows[-1] + 1) if contiguous else upload(rows, torch.int64, device)
-        where = torch.tensor([[self.row[i], i] for i in indices], device="cpu")
+        where = torch.tensor([[self.row[i], i, self.decays[i]] for i in indices], device="cpu")
+        decays = [n for n, i in enumerate(indices) if self.decays[i]]
         owner = upload(layer, torch.int64, device)
         places = slice(None) if len(indices) == len(self.params) else upload(indices, torch.int64, device)
         params = [self.params[i] for i in indices]
-        return Selection(indices, params, which, layer, index, owner, places, elements, where, self.table.dtype)
+        return Selection(indices, params, which, layer, index, owner, places, elements, where, decays, self.table.dtype)
 
 
 class Layout:
@@ -179,6 +182,11 @@ class Layout:
             ValueError: A layer's tensors are on two devices.
         """
         return [bucket for number in range(len(self.groups)) for bucket in self._buckets_of(number)]
+
+    @cached_property
+    def home(self) -> dict[Tensor, dict[str, Any]]:
+        """The group of each parameter."""
+        return {param: group for group in self.groups for param in group["params"]}
 
     @property
     def params(self) -> list[Tensor]:
@@ -254,4 +262,5 @@ class Layout:
                     table[r] = self.state[param]["layer"]
                     counts[i].copy_(self.state[param]["step"])
                     self.state[param] |= {"layer": table[r], "step": counts[i]}
-            yield Bucket(number, params, row, list(rows), table, steps, counts)
+            decays = [group.get("weight_decay_on") != "matrices" or param.ndim > 1 for param in params]
+            yield Bucket(number, params, row, list(rows), table, decays, steps, counts)

@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
+from lwas_fast.says import warn
+
 # What the method has one value for.
 MAX_GROWTH = 100.0  # most that a measured rate may exceed the layer's present one, as a factor; it is cut to that
 MOST_PROMISED = 100.0  # most that Newton's step counts as promising, in mean sizes of the loss
 
 ESTIMATORS = ("signs", "blocks")
+DECAYING = ("all", "matrices")
 HVP_MODES = ("autograd", "finite_difference")
 
 
@@ -18,6 +21,7 @@ class Common(TypedDict, total=False):
     """The keywords that both optimizers share; `LayerwiseOptimizer` says what each does."""
 
     update_every: int | None
+    weight_decay_on: str
     curvature: str
     hvp: str
     warmup_steps: int
@@ -29,6 +33,7 @@ class Common(TypedDict, total=False):
 
 DEFAULTS: Common = {
     "update_every": None,
+    "weight_decay_on": "all",
     "curvature": "signs",
     "hvp": "autograd",
     "warmup_steps": 0,
@@ -108,6 +113,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "maximize": _one_of(True, False),
     "foreach": _one_of(None, True, False),
     "fused": _one_of(None, True, False),
+    "weight_decay_on": _one_of(*DECAYING),
     "curvature": _one_of(*ESTIMATORS),
     "hvp": _one_of(*HVP_MODES),
     "seed": (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
@@ -125,6 +131,18 @@ def refuse_removed(names: Iterable[str], optimizer: str) -> None:
     """Refuse options of earlier versions, by a TypeError that says what became of them."""
     for name in sorted(REMOVED.keys() & set(names)):
         raise TypeError(f"{optimizer} has no option {name!r} any more: {REMOVED[name][1]}. Leave it out")
+
+
+LEAST_LR = 0.05  # less than that is a learning rate left over from another optimizer
+
+
+def warn_of_lr(lr: Any) -> None:
+    """Warn of a multiplier that looks like a learning rate; 0 is somebody's intention."""
+    if isinstance(lr, (int, float)) and 0 < lr < LEAST_LR:
+        warn(
+            f"lr={lr:g}: here lr multiplies step sizes that are measured, so this leaves {lr:.2g} of each step. Leave "
+            "it out, or give schedulers a base (max_lr, base_lr) of 1"
+        )
 
 
 def wants_plain(group: dict[str, Any]) -> bool:

@@ -45,6 +45,7 @@ class Here(NamedTuple):
         states: The optimizer's; zeros before a parameter's first step.
         weights: The parameters, in the dtype of their state.
         gradients: Theirs, of the loss to be minimised, likewise.
+        decays: Positions of those that weight decay acts on.
         steps: The number (N,) of their next update, in the dtype of the statistics.
         factors: What the ascent direction (of SGD: the gradient) is to be multiplied by: -1 or 1, by layer.
     """
@@ -52,6 +53,7 @@ class Here(NamedTuple):
     states: list[dict[str, Any]]
     weights: list[Tensor]
     gradients: list[Tensor]
+    decays: list[int]
     steps: Tensor
     factors: list[float]
 
@@ -62,6 +64,7 @@ class Moving:
     Attributes:
         gradients: Ascent gradients of the loss to be minimised. Not to be changed: they may be the user's.
         weights: The parameters in their state's dtype. Not to be changed by `Rule.advance`.
+        decays: Positions of those that weight decay acts on.
         steps: How many steps each has taken with this one (N,); a number where it is known that all have taken as many.
         moves: (S,) bool, whether anything of a layer moves; True where it is known that everything does.
         skips: (S,) bool, whether elements of it are left alone; False likewise.
@@ -72,7 +75,7 @@ class Moving:
 
     def __init__(self, part: Part, gradients: list[Tensor], weights: list[Tensor], scaling: Scaling):
         selection, counts = part.selection, part.bucket.steps
-        self.gradients, self.weights = gradients, weights
+        self.gradients, self.weights, self.decays = gradients, weights, selection.decays
         self.factors: Tensor | float = 1.0
         self.moves: Tensor | bool = True
         self.skips: Tensor | bool = False
@@ -143,6 +146,16 @@ def add_times(tensors: list[Tensor], others: list[Tensor], factors: Tensor | flo
         torch._foreach_addcmul_(tensors, others, each(factors, tensors))
     else:
         torch._foreach_add_(tensors, others, alpha=factors)
+
+
+def with_decay(gradients: list[Tensor], weights: Sequence[Tensor], decays: Sequence[int], decay: float) -> list[Tensor]:
+    """Gradients plus `decay` times the weights, where that acts; the list given and its tensors stay as they are."""
+    found = list(gradients)
+    if decay != 0 and decays:
+        added = torch._foreach_add([gradients[i] for i in decays], [weights[i] for i in decays], alpha=decay)
+        for i, gradient in zip(decays, added, strict=True):
+            found[i] = gradient
+    return found
 
 
 @overload

@@ -46,7 +46,9 @@ class Selection:
         owner: LongTensor (N,), `layer` on the device.
         places: Which of the bucket's `steps` are the tensors': a slice or a LongTensor.
         elements: (S,) int64, elements of each layer.
-        where: LongTensor (N, 2) on the CPU: each tensor's row in the bucket's table, and its position in the bucket.
+        where: LongTensor (N, 3) on the CPU: each tensor's row in the bucket's table, its position in the bucket, and
+            whether weight decay acts on it (0 or 1).
+        decays: Positions in `params` of those that it acts on.
         dtype: The table's.
     """
 
@@ -59,6 +61,7 @@ class Selection:
     places: Any
     elements: Tensor
     where: Tensor
+    decays: list[int]
     dtype: torch.dtype
 
     @cached_property

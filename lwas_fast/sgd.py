@@ -12,7 +12,7 @@ from typing_extensions import Unpack, override
 from lwas_fast.layers import Grouping
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
-from lwas_fast.rule import Here, Moving, Rule, bias_correction
+from lwas_fast.rule import Here, Moving, Rule, bias_correction, with_decay
 
 
 class SGDRule(Rule):
@@ -31,16 +31,13 @@ class SGDRule(Rule):
 
     @override
     def directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
-        gradients = here.gradients
-        if group["weight_decay"] != 0:
-            gradients = list(torch._foreach_add(gradients, here.weights, alpha=group["weight_decay"]))
+        gradients = with_decay(here.gradients, here.weights, here.decays, group["weight_decay"])
         return None, list(torch._foreach_mul(gradients, here.factors))
 
     @override
     def advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
-        beta, decay = group["momentum"], group["weight_decay"]
-        if decay != 0:
-            moving.gradients = list(torch._foreach_add(moving.gradients, moving.weights, alpha=decay))
+        beta = group["momentum"]
+        moving.gradients = with_decay(moving.gradients, moving.weights, moving.decays, group["weight_decay"])
         if group["schedule_free"]:
             moving.factors = -1.0
             return moving.gradients

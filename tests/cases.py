@@ -32,6 +32,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "momentum_cap": {**MOMENTUM, "cap": 0.005, "update_every": 2},
     "momentum_maximize": {**MOMENTUM, "maximize": True, "update_every": 2, "cap": 0.02},
     "weight_decay": {"weight_decay": 0.3, "update_every": 2},
+    "decay_of_matrices": {"weight_decay": 0.3, "weight_decay_on": "matrices", "update_every": 2},
+    "momentum_decay_of_matrices": {**MOMENTUM, "weight_decay": 0.3, "weight_decay_on": "matrices", "update_every": 2},
     "warmup": {"warmup_steps": 5, "warmup_rate": 0.02, "update_every": 4},
     "ramp": {"ramp_steps": 12, "update_every": 4},
     "warmup_and_ramp": {"warmup_steps": 3, "ramp_steps": 6, "update_every": 3},
@@ -55,7 +57,8 @@ FEW = (*MODES, "blocks")  # and one product or one a layer
 NO_COMPILED_STEP = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="torch.compile(opt.step) needs torch 2.13"
 )
-STEP = (*MODES, "momentum_decay", "momentum_cap", "weight_decay", "tight_cap", "maximize")  # what the update computes
+DECAY = ("momentum_decay", "weight_decay", "decay_of_matrices", "momentum_decay_of_matrices")
+STEP = (*MODES, *DECAY, "momentum_cap", "tight_cap", "maximize")  # what the update computes
 BETWEEN = ("every_step", "blocks_every_step", "warmup", "ramp")  # no branch that other rows do not take
 
 
@@ -97,6 +100,21 @@ def layer_vectors(model: nn.Module) -> list[Tensor]:
     """The layers (named modules with parameters) as flat float64 vectors."""
     modules = [m for m in model.modules() if list(m.parameters(recurse=False))]
     return [torch.cat([p.detach().double().flatten() for p in m.parameters(recurse=False)]) for m in modules]
+
+
+def reference_of(kind: str, model: nn.Module, **options: Any) -> Any:
+    """The reference optimizer of a model's layers, from where the model stands."""
+    only_matrices = options.pop("weight_decay_on", "all") == "matrices"
+    reference = REFERENCES[kind](layer_vectors(model), **options)
+    if only_matrices:
+        kept = [p.clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(p.ndim > 1)
+            reference.decays = layer_vectors(model)
+            for p, value in zip(model.parameters(), kept, strict=True):
+                p.copy_(value)
+    return reference
 
 
 def loss_of_vectors(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[list[Tensor]], Tensor]:

@@ -134,6 +134,7 @@ class Reference:
         self.hyper = dataclasses.replace(self.defaults, **hyper)
         self.W = [w.detach().to(torch.float64, copy=True) for w in W]
         self.Z, self.X = list(self.W), list(self.W)
+        self.decays = [torch.ones_like(w) for w in self.W]  # 0 where weight decay does not act
         self.share = math.nan  # of X in W
         self.m, self.v = ([torch.zeros_like(w) for w in self.W] for _ in range(2))
         self.E, self.w, self.D, self.applied, self.size, self.length = ([0.0] * len(W) for _ in range(6))
@@ -164,13 +165,14 @@ class Reference:
         h, sign, sizes = self.hyper, -1 if self.hyper.maximize else 1, [w.numel() for w in self.W]
         l2 = 0.0 if self.adam else h.weight_decay
         W = [w.clone().requires_grad_() for w in self.W]
-        g = [g_i + l2 * w for g_i, w in zip(torch.autograd.grad(sign * loss(W), W), self.W, strict=True)]
+        pulls = [l2 * e * w for e, w in zip(self.decays, self.W, strict=True)]
+        g = [g_i + pull for g_i, pull in zip(torch.autograd.grad(sign * loss(W), W), pulls, strict=True)]
         if self.k == self.due:
             H = torch.func.hessian(lambda x: sign * loss(list(x.split(sizes))))(torch.cat(self.W))
             self._refresh(g, H, z, loss(self.W).abs().item())
             self.last_k, self.due = self.k, self.k + self.interval
         if gradient is not None:
-            g = [sign * g_i + l2 * w for g_i, w in zip(gradient, self.W, strict=True)]
+            g = [sign * g_i + pull for g_i, pull in zip(gradient, pulls, strict=True)]
         for i, g_i in enumerate(g):
             self._update(i, g_i)
         self.k, self.share = self.k + 1, h.betas[0] if self.adam else h.momentum
@@ -197,7 +199,7 @@ class Reference:
         for i, c in enumerate(curvature(H, d_s, layers, h.curvature, z)):
             c = c / s[i] ** 2
             count, rho, q = self.events[i], -g[i] @ d[i], d[i] @ d[i]
-            delta2 = c.abs() + (0.0 if self.adam else h.weight_decay) * q
+            delta2 = c.abs() + (0.0 if self.adam or not self.decays[i].any() else h.weight_decay) * q
             w, D = (beta * old + (1 - beta) * new for old, new in ((self.w[i], 1.0), (self.D[i], F)))
             x = (rho * (rho / delta2) / (D / w)).clamp(max=100.0)
             M = x * delta2**0.5 / rho if h.self_concordance is None else h.self_concordance
@@ -247,11 +249,11 @@ class Reference:
         self.events[i]["capped"] += int(step < rate)
         r = self.applied[i] = step * h.lr * ramp
         if h.schedule_free:
-            self.Z[i] = torch.where(alive, self.Z[i] + r * (d - decay * W), self.Z[i])
+            self.Z[i] = torch.where(alive, self.Z[i] + r * (d - decay * self.decays[i] * W), self.Z[i])
             self.X[i] = torch.where(alive, self.X[i] + (self.Z[i] - self.X[i]) / self.n[i], self.X[i])
             self.W[i] = beta1 * self.X[i] + (1 - beta1) * self.Z[i]
         else:
-            self.W[i] = torch.where(alive, (1 - r * decay) * W + r * d, W)
+            self.W[i] = torch.where(alive, (1 - r * decay * self.decays[i]) * W + r * d, W)
 
     def _bounded(self, i: int, rate: float, size: float, length: float, decay: float) -> float:
         def largest(size: float, length: float) -> float:

@@ -17,6 +17,7 @@ from cases import (
     layer_vectors,
     loss_of,
     loss_of_vectors,
+    reference_of,
     small_net,
     train,
 )
@@ -30,7 +31,7 @@ EVENTS |= {name: name for name in ("capped", "skipped", "refreshes")}
 
 def run_reference(kind, options, data):
     model = small_net()
-    ref = REFERENCES[kind](layer_vectors(model), **options)
+    ref = reference_of(kind, model, **options)
     for k, batch in enumerate(data):
         ref.step(loss_of_vectors(model, batch), z=draw_signs(0, k, len(ref.W)))
     return ref
@@ -61,7 +62,7 @@ def test_float32_agrees_to_1e_6(kind, options):
     train(OPTIMIZERS[kind](model.named_parameters(), **options), model, data)
     # The reference starts from the same (float32) weights and sees the same (float32) data.
     start = small_net(torch.float32).double()
-    ref = REFERENCES[kind](layer_vectors(start), **options)
+    ref = reference_of(kind, start, **options)
     for k, batch in enumerate(data):
         ref.step(loss_of_vectors(start, batch), z=draw_signs(0, k, len(ref.W)))
     # Adam's division amplifies rounding where a gradient is nearly 0: 1e-5 was measured.

@@ -11,6 +11,7 @@ import copy
 import math
 import warnings
 
+import cases
 import pytest
 import torch
 from cases import FEW, OPTIMIZERS, batches, each_case, layer_vectors, loss_of, small_net, train
@@ -128,12 +129,13 @@ def test_a_nan_batch_costs_only_that_refresh(kind):
 
 
 @EACH
-def test_plain_backward_works_and_warns_once(kind):
+def test_plain_backward_of_a_model_not_followed_warns_again_at_ten_times_the_age(kind):
     model = small_net()
     opt = OPTIMIZERS[kind](model.named_parameters(), update_every=2)
-    with pytest.warns(UserWarning, match="opt.backward") as caught:
+    with pytest.warns(UserWarning, match=rf"{type(opt).__name__}\(model\)") as caught:
         losses = train(opt, model, batches(12) * 3, how="plain")
-    assert len(caught) == 1
+    assert [str(w.message).split(" steps")[0].split()[-1] for w in caught] == ["2", "20"]
+    assert all(w.filename == cases.__file__ for w in caught)  # where opt.step() stands
     assert losses[-1] < losses[0]
 
 
@@ -156,7 +158,7 @@ def test_errors_come_before_changes(kind):
     with pytest.raises(ValueError, match="scalar"):
         opt.backward(model(batch[0]))
     with pytest.raises(TypeError, match="must return the loss as a tensor"):
-        opt.step(lambda: None)
+        opt.step(lambda: 3.0)
     with pytest.raises(ValueError, match="complex"):
         OPTIMIZERS[kind]([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
     loss = loss_of(model, batch)

@@ -7,7 +7,8 @@
 
 from lwas_fast.measure.differences import Replay
 from lwas_fast.measure.probes import Measurement, Probe, Products, Subject, Vectors, Window
-from lwas_fast.measure.routes import again, backward, evaluate
+from lwas_fast.measure.routes import again, backward, evaluate, in_passing
+from lwas_fast.measure.watch import released
 
 __all__ = [
     "Measurement",
@@ -20,4 +21,6 @@ __all__ = [
     "again",
     "backward",
     "evaluate",
+    "in_passing",
+    "released",
 ]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lwas_fast.layers import Bucket, Layout
-from lwas_fast.rule import Here, Rule
+from lwas_fast.rule import Here, Rule, with_decay
 from lwas_fast.selection import Selection, squared_norms, state_dtype
 from lwas_fast.table import Column
 
@@ -79,7 +79,8 @@ class Probe:
         scale: What raw products are to be multiplied by: micro-batches in the window, over the loss scale, negative for
             maximize. A float or a tensor without dimension.
         loss: Size of the window's loss: a tensor without dimension, on the table's device and of its dtype.
-        l2: What L2 adds to the curvature, times the squared length: it is part of the loss, decoupled decay is not.
+        l2: What L2 adds to each layer's curvature, times the squared length: it is part of the loss, decoupled decay is
+            not. Where it acts on a layer's matrix alone, its bias counts too, which is next to nothing.
         max_fall: See `Rule`.
     """
 
@@ -89,7 +90,7 @@ class Probe:
     signs: list[float]
     scale: Tensor | float
     loss: Tensor
-    l2: float = 0.0
+    l2: Sequence[float]
     max_fall: float = math.inf
 
     @property
@@ -147,16 +148,24 @@ def draw_signs(seed: int, step: int, count: int) -> list[float]:
 
 @torch.no_grad()
 def make_probes(
-    subject: Subject, gradients: dict[Tensor, Tensor], scale: Tensor | float, of_products: Tensor | float, loss: Tensor
+    subject: Subject,
+    gradients: dict[Tensor, Tensor],
+    scale: Tensor | float,
+    of_products: Tensor | float,
+    loss: Tensor,
+    last: dict[Tensor, Tensor] | None = None,
 ) -> list[Probe]:
     """Make a probe for each bucket of the groups due of which anything has a gradient.
 
     Args:
         subject: What is measured.
-        gradients: Raw ones, of the parameters that have one.
+        gradients: Raw ones, of the parameters that have one: directions are of these.
         scale: Turns them into estimates of the window's: see `Probe.scale`.
-        of_products: Likewise the products.
+        of_products: Likewise the products, and gradients of this micro-batch alone.
         loss: Of this micro-batch, without a loss scale.
+        last: Raw gradients of this micro-batch alone, where others are accumulated in `gradients`. Descent is then
+            taken from these, as curvature and loss are: of a part of the window's loss all three are the same part of
+            the whole, however large, and it cancels.
     """
     size = loss.detach().reshape(()).abs() * (subject.window.micro_batches + 1)
     layout = subject.layout
@@ -182,6 +191,7 @@ def make_probes(
             [layout.state_of(bucket, i) for i in selection.indices],
             [p.detach().to(dtype) for p, dtype in zip(selection.params, dtypes, strict=True)],
             scaled,
+            selection.decays,
             torch.stack([bucket.counts[i] for i in selection.indices]).to(selection.dtype) + 1,
             [-own[layer] for layer in selection.layer],
         )
@@ -189,9 +199,17 @@ def make_probes(
         if used is scaled and as_is:
             used = raw  # half the memory, where it is of half precision
         l2 = 0.0 if subject.rule.decoupled else group["weight_decay"]
+        if last is not None:
+            parts = [last[p].detach() if p in last else torch.zeros_like(p) for p in selection.params]
+            used = [g.to(dtype) * of_product for g, dtype in zip(parts, dtypes, strict=True)]
+            used = with_decay(used, here.weights, here.decays, l2)
+        acting = {selection.layer[i] for i in selection.decays}
+        of_layers = [l2 if layer in acting else 0.0 for layer in range(len(own))]
         max_fall = subject.rule.max_fall
         here_size = size.to(bucket.table)
-        probes.append(Probe(bucket, selection, Vectors(used, directions), own, of_product, here_size, l2, max_fall))
+        probes.append(
+            Probe(bucket, selection, Vectors(used, directions), own, of_product, here_size, of_layers, max_fall)
+        )
     return probes
 
 

@@ -84,16 +84,21 @@ def _into_range(probes: Sequence[Probe], estimator: str) -> list[Tensor]:
 
 
 def by_autograd(
-    probes: Sequence[Probe], gradients: Sequence[Sequence[Tensor | None]], estimator: str, scaled: bool
+    probes: Sequence[Probe],
+    gradients: Sequence[Sequence[Tensor | None]],
+    estimator: str,
+    scaled: bool,
+    keep: bool = False,
 ) -> list[Products]:
     """Take the products of each probe by reverse over reverse.
 
     Args:
         probes: What to measure along.
-        gradients: For each probe, the raw gradients of its tensors with their graph, which is released by this; None
-            where this process's loss has none.
+        gradients: For each probe, the raw gradients of its tensors with their graph; None where this process's loss has
+            none.
         estimator: See `probes`.
         scaled: Whether they are of a loss under a loss scale: see `_into_range`.
+        keep: Whether their graph, and that of the loss, will be asked again; else this releases them.
     """
     factors = shares(probes, estimator)
     if scaled:
@@ -108,7 +113,7 @@ def by_autograd(
             [gradients[p][i] for p, i in members],
             [probes[p].selection.params[i] for p, i in members],
             [probes[p].vectors.directions[i] for p, i in members],
-            keep=members is not rounds[-1],
+            keep=keep or members is not rounds[-1],
         )
         for (p, i), product in zip(members, products, strict=True):
             found[p][i] = product

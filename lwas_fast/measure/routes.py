@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,12 +79,57 @@ def _accumulate(graph: dict[Tensor, Tensor]) -> None:
     """Give each leaf its gradient as ``loss.backward()`` would, hooks included, without a second pass."""
     with torch.no_grad():
         for leaf, gradient in graph.items():
-            # Its own memory, as backward() gives: two leaves may have been handed one tensor.
-            own = gradient.detach().clone()
-            leaf.grad = own if leaf.grad is None else leaf.grad + own
+            if leaf.grad is None:
+                leaf.grad = gradient.detach().clone()  # its own memory: two leaves may have been handed one tensor
+            elif 0 in leaf.grad.stride():  # expanded: one number for many elements
+                leaf.grad = leaf.grad + gradient
+            else:  # in place: it may be a view of somebody's buffer
+                leaf.grad += gradient
     for leaf in graph:
         for hook in (leaf._post_accumulate_grad_hooks or {}).values():
             hook(leaf)
+
+
+def _differentiate(loss: Tensor) -> dict[Tensor, Tensor]:
+    """The gradients of a loss by its leaves, with their graph; the loss's own is kept."""
+    leaves = leaves_of(loss)
+    refuse_cut_graph([loss])
+    found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    return {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
+
+
+def _measure(
+    subject: Subject,
+    graph: dict[Tensor, Tensor],
+    value: Tensor,
+    scale: Tensor | float,
+    ddp: DistributedDataParallel | None,
+    keep: bool = False,
+) -> Measurement:
+    """Measure on gradients with their graph, which this releases unless told to `keep` it."""
+    layout, count = subject.layout, subject.window.micro_batches + 1
+    refuse_cut_graph(graph.values())
+    check_dense(layout.groups, graph.get)
+    gradients, own, of_gradients = graph, None, scale
+    if ddp is not None:
+        # Directions must be equal on all replicas: they are those of the averaged gradient, of the whole window.
+        parallel.accumulate(graph)
+        gradients = {p: p.grad for p in layout.params if p.grad is not None}  # perhaps from other replicas alone
+    elif any(p.grad is not None for p in layout.params):  # the step will take them along
+        gradients = {p: _sum(p.grad, graph.get(p)) for p in layout.params if p.grad is not None or p in graph}
+    if gradients is not graph:
+        own, of_gradients = graph, scale / count
+    with span("curvature"):
+        probes = make_probes(subject, gradients, of_gradients, scale, value, own)
+        ours = [[graph.get(p) for p in probe.selection.params] for probe in probes]
+        products = by_autograd(probes, ours, subject.how["curvature"], isinstance(scale, Tensor), keep)
+    return Measurement(subject.due, probes, products, None if ddp is None else ddp.process_group)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor:
+    if one is None or other is None:
+        return (one if other is None else other).detach()  # type: ignore[union-attr]
+    return one + other.detach()
 
 
 def _autograd(
@@ -94,32 +139,56 @@ def _autograd(
 
     Gradients are accumulated as ``loss.backward()`` would.
     """
-    layout = subject.layout
-    leaves = leaves_of(loss)
     try:
-        refuse_cut_graph([loss])
-        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        graph = {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
-        del found
-        refuse_cut_graph(graph.values())
-        check_dense(layout.groups, graph.get)
-        gradients, of_gradients = graph, scale
-        if ddp is not None:
-            # Directions must be equal on all replicas: they are those of the averaged gradient, of the whole window.
-            parallel.accumulate(graph)
-            gradients = {p: p.grad for p in layout.params if p.grad is not None}  # perhaps from other replicas alone
-            of_gradients = scale / (subject.window.micro_batches + 1)
-        with span("curvature"):
-            probes = make_probes(subject, gradients, of_gradients, scale, value)
-            ours = [[graph.get(p) for p in probe.selection.params] for probe in probes]
-            products = by_autograd(probes, ours, subject.how["curvature"], scaled=isinstance(scale, Tensor))
+        graph = _differentiate(loss)
+        found = _measure(subject, graph, value, scale, ddp)
     except RuntimeError as error:
         if (explained := explain(error)) is not None:
             raise explained from error
         raise
     if ddp is None:
         _accumulate(graph)
-    return Measurement(subject.due, probes, products, None if ddp is None else ddp.process_group)
+    return found
+
+
+class Watched(NamedTuple):
+    """What came of measuring in passing, at a ``loss.backward()`` that is not ours.
+
+    Attributes:
+        found: The measurement, or why there is none.
+        accumulated: Whether the gradients are in ``.grad`` already; else that backward is still to be done.
+    """
+
+    found: Measurement | Exception
+    accumulated: bool
+
+
+def in_passing(
+    now: Callable[[], Subject], loss: Tensor, scaler: Any, ddp: DistributedDataParallel | None, keep: bool
+) -> Watched:
+    """Measure a loss that somebody is about to call ``backward()`` on; whatever fails, that can go on.
+
+    Args:
+        now: Gives what is measured.
+        loss: As `scaler` scaled it, if there is one.
+        scaler: See `LayerwiseOptimizer.backward`.
+        ddp: Likewise.
+        keep: Leave graph and gradients alone; else gradients are accumulated here, which spares another pass.
+    """
+    graph: dict[Tensor, Tensor] = {}
+    try:
+        parallel.check(ddp)
+        subject = now()
+        graph = _differentiate(loss)
+        scale = _scale(loss, scaler, subject.window)
+        value = loss.detach() if scaler is None else loss.detach() * (scale / (subject.window.micro_batches + 1))
+        found: Measurement | Exception = _measure(subject, graph, value, scale, ddp, keep)
+    except Exception as error:  # out of memory, say: the user's backward is not to fail for our sake
+        found = explain(error) or error if isinstance(error, RuntimeError) else error
+    accumulated = bool(graph) and not keep
+    if accumulated and ddp is None:
+        _accumulate(graph)
+    return Watched(found, accumulated)
 
 
 def _differences_of(
@@ -151,17 +220,17 @@ def _differences_of(
     return value, found
 
 
-def evaluate(closure: Callable[[], Tensor]) -> Tensor:
-    """Call a `step` closure and return the loss that it returns; TypeError if that is no tensor."""
+def evaluate(closure: Callable[[], Tensor | None]) -> Tensor | None:
+    """Call a `step` closure and return the loss that it returns, or None; TypeError if that is something else."""
     with torch.enable_grad():
         value = closure()
-    if not isinstance(value, Tensor):
+    if value is not None and not isinstance(value, Tensor):
         raise TypeError(f"the closure of opt.step() must return the loss as a tensor, not {type(value).__name__}")
     return value
 
 
 def again(
-    subject: Subject, closure: Callable[[], Tensor], loss: Tensor, replay: Replay, scale: Tensor | float = 1.0
+    subject: Subject, closure: Callable[[], Tensor | None], loss: Tensor, replay: Replay, scale: Tensor | float = 1.0
 ) -> Measurement:
     """Measure by differences of gradients, where a first evaluation of a closure has left its own.
 

@@ -94,7 +94,7 @@ def closed_form(probe: Probe, sums: Tensor, group: dict[str, Any]) -> Steps:
     beta = memory(group)
     weight = beta * table[:, Column.WEIGHT] + (1 - beta)
     loss = beta * table[:, Column.LOSS] + (1 - beta) * probe.loss
-    curvature = sampled.abs() + probe.l2 * square
+    curvature = sampled.abs() + upload(probe.l2, table.dtype, table.device) * square
     newton = descent / curvature
     promise = (descent * newton / (loss / weight)).clamp(max=MOST_PROMISED)  # of Newton's step
     rate = newton / (1 + 0.5 * promise)

@@ -113,9 +113,9 @@ def _tensor_rows(probe: Probe, products: Products, alive: list[Sequence[Tensor]]
 def _numbers(probe: Probe, products: Products, group: dict[str, Any]) -> np.ndarray:
     """`layer_rates.Numbers` of each layer of a probe."""
     scale = 1.0 if isinstance(products.factor, Tensor) else products.factor
-    common = [scale, probe.l2, memory(group), group["warmup_rate"], probe.max_fall]
-    signs = np.array(probe.signs, np.float32)[:, None]
-    return np.hstack([signs, np.tile(np.array(common, np.float32), (len(signs), 1))])
+    common = [memory(group), group["warmup_rate"], probe.max_fall]
+    rows = [[sign, scale, l2, *common] for sign, l2 in zip(probe.signs, probe.l2, strict=True)]
+    return np.array(rows, np.float32)
 
 
 def _layer_rows(
@@ -241,5 +241,5 @@ def trial(device: torch.device) -> None:
     group = {"params": [p], "layer_names": ["trial"], "warmup_rate": 1.0}
     group |= {"steps": 0, "warmup_steps": 0, "update_every": None, "last_refresh": None}
     (bucket,) = Layout([group], {}, lambda _: ()).buckets
-    probe = Probe(bucket, bucket.select([0]), Vectors([p], [p]), [1.0], 1.0, p[0])
+    probe = Probe(bucket, bucket.select([0]), Vectors([p], [p]), [1.0], 1.0, p[0], [0.0])
     launch([probe], [Products([p], 1.0)], [group], {})

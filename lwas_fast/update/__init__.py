@@ -4,8 +4,19 @@
 `extension.py`) take the step; `average.py` keeps the schedule-free average.
 """
 
-from lwas_fast.update.average import averaged, check_training, swap
+from lwas_fast.update.average import average_of, averaged, check_training, holds, samples, settle, swap
 from lwas_fast.update.extension import check_fused
 from lwas_fast.update.step import prepare, run
 
-__all__ = ["averaged", "check_fused", "check_training", "prepare", "run", "swap"]
+__all__ = [
+    "average_of",
+    "averaged",
+    "check_fused",
+    "check_training",
+    "holds",
+    "prepare",
+    "run",
+    "samples",
+    "settle",
+    "swap",
+]

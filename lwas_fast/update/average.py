@@ -23,13 +23,18 @@ from lwas_fast.rule import Rule
 State: TypeAlias = "Mapping[Tensor, dict[str, Any]]"
 
 
-def check_training(groups: Groups) -> None:
+def check_training(groups: Groups, followed: bool) -> None:
     """Refuse to train with the average in the parameters.
 
     Raises:
         RuntimeError: They hold it; says what to call.
     """
     if not all(group["train_mode"] for group in groups):
+        if followed:
+            raise RuntimeError(
+                "the parameters hold the average of the weights, because the model was last called in evaluation mode: "
+                "call model.train() before training on. To train in evaluation mode, call opt.unfollow() first"
+            )
         raise RuntimeError(
             "the parameters hold the average of the weights since opt.eval(): call opt.train() before training on"
         )
@@ -57,8 +62,7 @@ def swap(groups: Groups, state: State, rule: Rule, training: bool) -> None:
     """
     for group in groups:
         if group["train_mode"] != training:
-            share = rule.share(group) if group["share"] is None else group["share"]
-            _shift(group, state, (1 if training else -1) * (1 - share))
+            _shift(group, state, (1 if training else -1) * _distance(rule, group))
         group["train_mode"] = training
 
 
@@ -74,6 +78,72 @@ def follow(layout: Layout, rule: Rule, moving: set[int]) -> None:
         if group["share"] not in (None, share):
             _shift(group, layout.state, group["share"] - share)
         group["share"] = share
+
+
+@torch.no_grad()
+def average_of(rule: Rule, group: dict[str, Any], state: State, param: Tensor) -> Tensor | None:
+    """The average of a parameter that holds the weights to train on, in memory of its own; None if that is the same."""
+    offset = state.get(param, {}).get("offset")
+    if offset is None:
+        return None
+    average = param.to(offset.dtype).add(offset, alpha=-_distance(rule, group)).to(param.dtype)
+    return average.requires_grad_(False)
+
+
+@torch.no_grad()
+def settle(groups: Groups, state: State, rule: Rule) -> None:
+    """Round the weights to train on to what their average and the offset, as a checkpoint has them, make of them.
+
+    That moves a weight by its last digit at most, and a second time not at all. So a run that was saved goes on from
+    the very weights that the one restored from it starts with.
+    """
+    for group in groups:
+        for param in group["params"] if group["train_mode"] else ():
+            average = average_of(rule, group, state, param)
+            if average is not None:
+                offset = state[param]["offset"]
+                back = average.to(offset.dtype).add_(offset, alpha=_distance(rule, group))
+                param.data.copy_(back)  # .data: a graph that saved it is as valid as before
+
+
+SAMPLES = 32
+
+
+def _sampled(group: dict[str, Any], state: State) -> list[tuple[Tensor, int]]:
+    """Up to so many elements of a group's parameters, spread over them: (parameter, position)."""
+    there = [p for p in group["params"] if "offset" in state.get(p, {}) and p.numel() > 0]
+    count = min(SAMPLES, sum(p.numel() for p in there))
+    return [((p := there[i * len(there) // count]), i * 7919 % p.numel()) for i in range(count)]
+
+
+@torch.no_grad()
+def samples(rule: Rule, group: dict[str, Any], state: State) -> list[list[float]]:
+    """A few of a group's weights to train on, each with its average: by these a checkpoint's parts know each other."""
+    distance, found = _distance(rule, group), []
+    for param, i in _sampled(group, state):
+        weight, offset = param.reshape(-1)[i], state[param]["offset"].reshape(-1)[i]
+        other = weight.to(offset.dtype).add(offset, alpha=-distance if group["train_mode"] else distance)
+        pair = torch.stack([weight.double(), other.to(weight.dtype).double()])
+        found.append(pair if group["train_mode"] else pair.flip(0))
+    return torch.stack(found).tolist() if found else []
+
+
+@torch.no_grad()
+def holds(group: dict[str, Any], state: State, known: list[list[float]]) -> tuple[bool, bool]:
+    """Whether a group's parameters agree with samples of the weights to train on, and with those of the average."""
+    places = _sampled(group, state)
+    if len(places) != len(known):
+        return False, False
+    mine = torch.stack([param.reshape(-1)[i].double().cpu() for param, i in places])
+    eps = torch.tensor([2 * torch.finfo(param.dtype).eps for param, _ in places], dtype=torch.float64)
+    both = torch.tensor(known, dtype=torch.float64).unbind(1)
+    first, second = (bool(((mine - other).abs() <= eps * other.abs() + 1e-30).all()) for other in both)
+    return first, second
+
+
+def _distance(rule: Rule, group: dict[str, Any]) -> float:
+    """By how much of the offset the weights to train on are ahead of their average."""
+    return 1 - (rule.share(group) if group["share"] is None else float(group["share"]))
 
 
 def _shift(group: dict[str, Any], state: State, by: float) -> None:

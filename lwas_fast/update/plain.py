@@ -57,8 +57,10 @@ def _step(rule: Rule, part: Part, scaling: Scaling) -> None:
     applied = selection.of_tensors(table[:, Column.APPLIED])
     decay: float = group["weight_decay"] if rule.decoupled else 0.0
     factors = moving.factors
-    if decay != 0:
-        add_times(directions, weights, -decay / factors)
+    if decay != 0 and (which := selection.decays):
+        by = -decay / factors
+        by = by[which] if isinstance(by, Tensor) else by
+        add_times([directions[i] for i in which], [weights[i] for i in which], by)
     rates = each(applied * factors, weights)
     if group["schedule_free"]:
         _move_averaged(part, moving, directions, rates, rule.share(group))

@@ -105,7 +105,9 @@ class Problem:
             products.append(torch.where(d == 0, 0.0, u))
         self.shrunk /= self.case.growing
         vectors, loss = Vectors(self.gradients, directions), torch.tensor(0.7, device=DEVICE)
-        probe = Probe(self.bucket, self.selection, vectors, self.signs, 1.0, loss, max_fall=10.0)
+        probe = Probe(
+            self.bucket, self.selection, vectors, self.signs, 1.0, loss, [0.0] * len(self.signs), max_fall=10.0
+        )
         self._tell_reference(products, directions)
         return probe, Products(products, self.case.factor)
 
@@ -188,7 +190,7 @@ def channels_last(tensor):
 def test_l2_is_curvature(implementation):
     problem = Problem(Case())
     probe, products = problem.measure()
-    found = problem.refresh(implementation, dataclasses.replace(probe, l2=0.3), products, {})
+    found = problem.refresh(implementation, dataclasses.replace(probe, l2=[0.3] * len(probe.signs)), products, {})
     sums = layer_sums(probe, products)
     assert (sums[:, Sums.CURVATURE] > 0).all()
     sums[:, Sums.CURVATURE] += 0.3 * sums[:, Sums.SQUARE]

@@ -106,8 +106,7 @@ def test_more_elements_than_32_bits_count():
     direction = torch.zeros(count, device="cuda")
     direction[-4099:] = 1.0
     product = torch.ones(count, dtype=torch.bfloat16, device="cuda")
-    probe = Probe(
-        bucket, bucket.select([0]), Vectors([product], [direction]), [1.0], 1.0, torch.tensor(0.7, device="cuda")
-    )
+    loss = torch.tensor(0.7, device="cuda")
+    probe = Probe(bucket, bucket.select([0]), Vectors([product], [direction]), [1.0], 1.0, loss, [0.0])
     (sums,) = launch.launch([probe], [Products([product], 0.5)], opt.param_groups, {}, finish=False)
     assert sums[0].tolist() == [-4099.0, 4099.0 / 2, 4099.0]

@@ -38,7 +38,7 @@ def operator_arguments(kind: str) -> tuple:
     schedule_free = kind in COMPILED
     params, grads, first, second = ([torch.rand(4, 3), torch.rand(5)] for _ in range(4))
     table, steps = torch.zeros(1, len(Column)), torch.zeros(2)
-    where, control = torch.tensor([[0, 0], [0, 1]]), [1.0, 1.0, 1e-2, 3.0, 0.1, 10.0, 0.01, 2.0]
+    where, control = torch.tensor([[0, 0, 1], [0, 1, 1]]), [1.0, 1.0, 1e-2, 3.0, 0.1, 10.0, 0.01, 2.0]
     common = (table, steps, where, control, False)
     if kind.startswith("adamw"):
         return (params, grads, first, second, *common, 0.9, 0.999, 1e-8, 0.01, False, schedule_free)
@@ -60,8 +60,8 @@ def test_opcheck(kind):
         (2, [torch.rand(4, 3), torch.rand(5).half()], TypeError, r"first moments\[1\] is Half"),
         (4, torch.zeros(1, 3), ValueError, "table must be"),
         (5, torch.zeros(2).double(), ValueError, "steps must be"),
-        (6, torch.tensor([[0, 0], [7, 1]]), ValueError, r"where\[1\]: row 7"),
-        (6, torch.tensor([[0, 0], [0, 2]]), ValueError, r"where\[1\]: place 2"),
+        (6, torch.tensor([[0, 0, 1], [7, 1, 1]]), ValueError, r"where\[1\]: row 7"),
+        (6, torch.tensor([[0, 0, 1], [0, 2, 1]]), ValueError, r"where\[1\]: place 2"),
         (7, [1.0], ValueError, "control has 1 numbers"),
     ],
 )

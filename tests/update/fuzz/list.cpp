@@ -97,7 +97,7 @@ List::List(Dice& dice, const Borders& borders) : call{} {
     }
     if (t > 0 && dice.one_in(shared)) row += dice.whole(1, 2);
     call.slots.push_back({tensor.param.data, tensor.grad.data, floats(tensor.first),
-                          adam ? floats(tensor.second) : nullptr, size, row, place, kind});
+                          adam ? floats(tensor.second) : nullptr, size, row, place, !dice.one_in(4), kind});
   }
   table_.resize((row + 1) * kColumns);
   for (int r = 0; r <= row; ++r) {

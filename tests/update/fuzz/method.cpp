@@ -68,12 +68,12 @@ struct Element {
   double rounding;  // of that sum, in float32: its terms may cancel
 };
 
-Element advance(const Method& m, double n, double weight, double gradient, double first, double second) {
+Element advance(const Method& m, double decay, double n, double weight, double gradient, double first, double second) {
   Element e{true, weight, first, second, 0, 1, 0};
   const double g = m.factor * gradient;
   e.alive = std::fabs(float(g) * float(g)) <= 3.4e38;
   if (!e.alive) return e;
-  const double with_decay = g + (m.adam ? 0 : m.decay * weight);
+  const double with_decay = g + (m.adam ? 0 : decay * weight);
   if (!m.free) e.first = m.beta1 * first + (1 - m.beta1) * with_decay;
   if (m.adam) e.second = m.beta2 * second + (1 - m.beta2) * g * g;
   const double root = m.adam ? std::sqrt(e.second / (1 - std::pow(m.beta2, n))) + m.eps : 1;
@@ -96,8 +96,8 @@ class Layer {
       elements.reserve(size_t(slot.size));
       for (int64_t i = 0; i < slot.size; ++i) {
         const Element& e = elements.emplace_back(
-            advance(method_, n, load(slot.kind, before.params[t].data(), i), load(slot.kind, slot.grad, i),
-                    load(Kind::kFloat32, before.firsts[t].data(), i),
+            advance(method_, slot.decays ? method_.decay : 0, n, load(slot.kind, before.params[t].data(), i),
+                    load(slot.kind, slot.grad, i), load(Kind::kFloat32, before.firsts[t].data(), i),
                     method_.adam ? load(Kind::kFloat32, before.seconds[t].data(), i) : 0));
         length += e.direction * e.direction;
         size += e.weight * e.weight;
@@ -170,6 +170,7 @@ class Layer {
   std::string compare_element(int t, int64_t i, const Element& e, double steps, bool& overflow) const {
     const Slot& slot = call_.slots[t];
     const Method& m = method_;
+    const double decay = slot.decays ? m.decay : 0;
     // Its own rate, which compare_row has found right up to the rounding of the norms.
     const double r = call_.table[slot.row * kColumns + kApplied], first = applied_.first, d = std::fabs(e.direction);
     // Rounding of the parameter's type, also of where the first pass may have moved it.
@@ -182,14 +183,14 @@ class Layer {
     if (!e.alive) {
       swing = 0;
     } else if (m.free) {  // iterate and average, from what stood there
-      swing += std::fabs(state) + first * m.decay * std::fabs(e.weight);
+      swing += std::fabs(state) + first * decay * std::fabs(e.weight);
       average = e.weight - (1 - m.beta1) * state;
-      const double iterate = average + state + r * (e.direction - (m.adam ? m.decay * e.weight : 0));
+      const double iterate = average + state + r * (e.direction - (m.adam ? decay * e.weight : 0));
       average += (iterate - average) / (steps + 1);
       weight = m.beta1 * average + (1 - m.beta1) * iterate;
       state = iterate - average;
     } else {
-      weight += r * (e.direction - (m.adam ? m.decay * e.weight : 0));
+      weight += r * (e.direction - (m.adam ? decay * e.weight : 0));
     }
     const double mine = load(slot.kind, slot.param, i);
     if (slot.kind == Kind::kFloat16 && std::isinf(mine) && std::fabs(weight) > 65400) {
@@ -202,7 +203,7 @@ class Layer {
     double exact = 1e-6 * (1 + std::fabs(state)) + e.rounding;
     if (m.free && e.alive) {
       // The second pass knows the weight before, and so its decay, up to the rounding of the parameter's type.
-      const double moved = (1e-6 + 2 * (r + first) * m.decay * ulp) * swing + direction;
+      const double moved = (1e-6 + 2 * (r + first) * decay * ulp) * swing + direction;
       const double off = mine - (1 - m.beta1) * slot.first[i];
       // What rounding adds to the weights counts as a move of the iterate, of which the average takes its share alone:
       // otherwise the roundings of many small moves would pile up in it.

@@ -1,0 +1,233 @@
+"""A model that an optimizer follows: which of its two sets of weights it holds, and the losses made from its outputs.
+
+Hooks on the model, none on torch. They sit on the model and on its parts two levels down, for a part may be called
+alone; calls further inside cost nothing. A copied or pickled model is followed by nobody.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from lwas_fast.measure import watch
+from lwas_fast.says import warn
+
+DEPTH = 2  # levels of parts that are taken for ones that may be called alone
+_IN_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module, inside what torch wraps around it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """A model's parameters under the names that they have without wrappers."""
+    found = []
+    for name, param in unwrapped(model).named_parameters():
+        for part in _IN_NAMES:
+            name = name.replace(part, "")
+        found.append((name, param))
+    return found
+
+
+def _entries(module: nn.Module, depth: int) -> Iterator[nn.Module]:
+    """A module and its parts that have parameters, so many levels down; lists of modules are no level."""
+    yield module
+    for part in module.children() if depth else ():
+        if next(part.parameters(), None) is not None:
+            yield from _entries(part, depth if isinstance(part, (nn.ModuleList, nn.ModuleDict)) else depth - 1)
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+class _Hook:
+    """A method of a `Following`; on a copied or pickled model, nothing."""
+
+    def __init__(self, call: Any):
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __reduce__(self) -> Any:
+        return (_Hook, (_nothing,))
+
+
+class Owner(NamedTuple):
+    """What a `Following` asks of its optimizer, which it must not keep alive: methods, each held weakly.
+
+    Attributes:
+        hold: Put the weights to train on (True) or their average (False) into the model.
+        place: Find out which of them a model holds that was loaded.
+        due: Whether a measurement is.
+        see: See `watch.Watcher`.
+        average_of: A parameter's average, in memory of its own; None if there is none.
+        restart: Take a parameter's weights for iterate and average at once.
+    """
+
+    hold: weakref.WeakMethod[Callable[[bool], None]]
+    place: weakref.WeakMethod[Callable[[], None]]
+    due: weakref.WeakMethod[Callable[[], bool]]
+    see: weakref.WeakMethod[Callable[..., bool]]
+    average_of: weakref.WeakMethod[Callable[[Tensor], Tensor | None]]
+    restart: weakref.WeakMethod[Callable[[Tensor], None]]
+
+
+class Following:
+    """One optimizer's hooks on one model.
+
+    Attributes:
+        trained: Whether the model holds the weights to train on, not their average.
+        due: Whether the next loss may have to be measured.
+        pinned: Whether the model keeps the weights that it has, whatever its mode.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: object, owner: dict[str, Any]):
+        root = unwrapped(model)
+        self._root, self._owner = weakref.ref(root), Owner(**{k: weakref.WeakMethod(v) for k, v in owner.items()})
+        self._ddp = weakref.ref(model) if isinstance(model, DistributedDataParallel) else None
+        self._params = {param for _, param in named_parameters(root)}
+        self._has_rnn = any(isinstance(part, nn.RNNBase) for part in root.modules())
+        self._has_norms = any(isinstance(p, _BatchNorm) and p.track_running_stats for p in root.modules())
+        self._norms_seen = self._stepped = self._inside = self.pinned = False
+        self.trained = self.due = True
+        self._given: dict[int, tuple[int, Any]] = {}  # averages that were handed out, while they live
+        handles = [entry.register_forward_pre_hook(self) for entry in dict.fromkeys(_entries(root, DEPTH))]
+        for part in root.modules():
+            if part._parameters:
+                handles.append(part.register_state_dict_post_hook(_Hook(self._saved)))  # type: ignore[no-untyped-call]
+                handles.append(part.register_load_state_dict_pre_hook(_Hook(self._loads)))  # type: ignore[no-untyped-call]
+        self.stop = weakref.finalize(optimizer, _remove, handles)
+
+    def __reduce__(self) -> Any:
+        return (_Hook, (_nothing,))
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        """Before the model, or a part of it, is called."""
+        if torch.compiler.is_compiling() or (root := self._root()) is None:
+            return
+        training = root.training
+        if training is not self.trained or self.due:
+            self._act(module, training)
+
+    def _act(self, module: nn.Module, training: bool) -> None:
+        hold, place = self._owner.hold(), self._owner.place()
+        if hold is None or place is None or self.pinned or self._inside or getattr(module, "_is_replica", False):
+            return
+        place()
+        if not training:
+            if self.trained:
+                hold(False)
+                self._warn_of_norms()
+        elif torch.is_grad_enabled():
+            if not self.trained:
+                hold(True)
+            if self.due:
+                self._open(module)
+        elif not self.trained:  # statistics of the average are being gathered
+            self._norms_seen = True
+
+    def _open(self, module: nn.Module) -> None:
+        """Have the loss that is made from this call's output measured."""
+        due = self._owner.due()
+        self.due = due is not None and due()
+        if not self.due:
+            return
+        self._inside = True
+        contexts = ExitStack()
+        contexts.enter_context(self.differentiable())
+
+        def done(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._inside = False
+            handle.remove()
+            contexts.close()
+            watch.watch(self, output)
+
+        handle = module.register_forward_hook(done, always_call=True)
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Call no kernel inside that has no second derivative where there is one that has."""
+        with ExitStack() as contexts:
+            contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self._has_rnn:
+                contexts.enter_context(torch.backends.cudnn.flags(enabled=False))
+                # As torch.backends.mkldnn.flags does, but that warns of TF32 on some processors.
+                contexts.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+                torch._C._set_mkldnn_enabled(False)
+            yield
+
+    def wants(self, leaves: set[Tensor]) -> bool:
+        """See `watch.Watcher`."""
+        return not self._params.isdisjoint(leaves)
+
+    def see(self, loss: Tensor, scaler: Any, keep: bool) -> bool:
+        """See `watch.Watcher`."""
+        see = self._owner.see()
+        return see is not None and see(loss, scaler, self._of_ddp(), keep)
+
+    def _of_ddp(self) -> DistributedDataParallel | None:
+        return None if self._ddp is None else self._ddp()
+
+    def after_step(self, due: bool) -> None:
+        """Note that a step was taken, and whether the next is to be measured."""
+        if self.due:
+            watch.unwatch(self)
+        self.due, self._stepped, self._norms_seen = due, True, False
+
+    def _saved(self, module: nn.Module, saved: dict[str, Any], prefix: str, _: Any) -> None:
+        """A state dict of the model has the average in it, whatever the model holds."""
+        average_of = self._owner.average_of()
+        if average_of is None or not self.trained:
+            return
+        for name, param in module._parameters.items():
+            entry = saved.get(prefix + name)
+            if param is None or entry is None or entry is param:  # keep_vars=True asks for the parameters themselves
+                continue
+            # A tied tensor stays one.
+            version, given = self._given.get(id(param), (None, lambda: None))
+            if version != param._version or (average := given()) is None:
+                if (average := average_of(param)) is None:
+                    continue
+                self._given[id(param)] = param._version, weakref.ref(average)
+            saved[prefix + name] = average
+
+    def _loads(self, module: nn.Module, saved: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Weights that are loaded are an average: the iterate starts from there as well."""
+        restart = self._owner.restart()
+        if restart is None or not self.trained:
+            return
+        for name, param in module._parameters.items():
+            if param is not None and prefix + name in saved:
+                restart(param)
+
+    def _warn_of_norms(self) -> None:
+        if self._has_norms and self._stepped and not self._norms_seen:
+            self._has_norms = False  # once
+            warn(
+                "the model is evaluated with the average of its weights, but the running statistics of its BatchNorm "
+                "layers are those of the weights trained on. Gather the average's before: "
+                "lwas_fast.refresh_norms(model, loader)"
+            )

@@ -1,0 +1,589 @@
+"""An optimizer that follows its model: evaluation sees the average, plain ``loss.backward()`` measures.
+
+Catches: a due step that is not measured, or measured twice or otherwise than by `opt.backward`; a marked tensor or a
+hook that outlives its step or optimizer; evaluation, a state dict or a checkpoint with the wrong set of weights; a
+resumed run that differs in a bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import warnings
+
+import pytest
+import torch
+from cases import OPTIMIZERS, batches, loss_of, small_net
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lwas_fast import measure
+from lwas_fast.measure.watch import Watched
+
+EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
+STEPS = 25
+
+
+def followed(kind, model=None, **options):
+    model = small_net(torch.float32) if model is None else model
+    return model, OPTIMIZERS[kind](model, **options)
+
+
+def explicit(kind, model, **options):
+    """The same optimizer, told everything."""
+    return OPTIMIZERS[kind](model.named_parameters(), weight_decay_on="matrices", **options)
+
+
+def steps(opt, model, data, parts=1):
+    for batch in data:
+        for part, micro in enumerate(zip(batch[0].chunk(parts), batch[1].chunk(parts), strict=True)):
+            loss = loss_of(model, micro) / parts
+            loss.backward() if opt._following else opt.backward(loss, last=part == parts - 1)
+        opt.step()
+        opt.zero_grad()
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@EACH
+@pytest.mark.parametrize("options", [{}, {"schedule_free": False}, {"curvature": "blocks"}, {"weight_decay": 0.1}])
+def test_plain_backward_is_opt_backward(kind, options):
+    data = batches(STEPS, torch.float32)
+    model, opt = followed(kind, **options)
+    other = small_net(torch.float32)
+    told = explicit(kind, other, **options)
+    steps(opt, model, data)
+    steps(told, other, data)
+    assert same(weights(model), weights(other))
+    assert opt.diagnostics() == told.diagnostics()
+    assert all(row["refreshes"] == 3 for row in opt.diagnostics().values())
+
+
+@EACH
+def test_names_and_groups(kind):
+    model = small_net(torch.float32)
+    for wrapped in (model, torch.compile(model, backend="eager"), nn.DataParallel(model)):
+        _, opt = followed(kind, wrapped)
+        (group,) = opt.param_groups
+        assert list(opt.rates()) == ["0", "2", "4"]
+        assert group["param_names"] == [name for name, _ in model.named_parameters()]
+        assert group["weight_decay_on"] == "matrices"
+        assert opt._layout.buckets[0].decays == [True, False] * 3
+    assert followed(kind, weight_decay_on="all")[1].param_groups[0]["weight_decay_on"] == "all"
+    with pytest.raises(ValueError, match="none of the module's parameters"):
+        opt.follow(small_net())
+
+
+@EACH
+def test_accumulation_needs_no_last(kind, monkeypatch):
+    """The first window measures each micro-batch, for its length is not known; later ones the last."""
+    data = batches(STEPS, torch.float32)
+    model, opt = followed(kind, update_every=4)
+    other = small_net(torch.float32)
+    told = explicit(kind, other, update_every=4)
+    seen = []
+    original = measure.in_passing
+
+    def in_passing(*args):
+        seen.append(sum(p.grad is not None for p in model.parameters()))
+        return original(*args)
+
+    monkeypatch.setattr(measure, "in_passing", in_passing)
+    steps(opt, model, data, parts=2)
+    steps(told, other, data, parts=2)
+    assert same(weights(model), weights(other))
+    assert seen == [0] + 7 * [
+        6
+    ]  # gradients that stood before: the first micro-batch of the first window alone has none
+
+
+@EACH
+@pytest.mark.parametrize("divided", [True, False])
+def test_earlier_gradients_and_their_share_do_not_matter(kind, divided):
+    """Equal micro-batches, divided or not, accumulated in any way: the rates of the joint batch."""
+    batch = batches(1, torch.float64)[0]
+    found = []
+    for parts in (1, 3):
+        for way in ("followed", "told", "told late") if parts > 1 else ("told",):
+            model = small_net()
+            eps = {"eps": 1e-30} if kind == "adamw" else {}  # of the gradients' scale
+            opt = OPTIMIZERS[kind](model, **eps) if way == "followed" else explicit(kind, model, **eps)
+            for part in range(parts):
+                loss = loss_of(model, batch) / (parts if divided else 1)
+                if way == "followed" or (way == "told late" and part < parts - 1):
+                    loss.backward()
+                else:
+                    opt.backward(loss, last=part == parts - 1)
+            opt.step()
+            rates = torch.tensor(list(opt.rates().values()), dtype=torch.float64)
+            # What plain SGD's step is long by, its rate is short by.
+            found.append(rates * (1 if divided or kind == "adamw" else parts))
+    for rates in found[1:]:
+        torch.testing.assert_close(rates, found[0], rtol=1e-9, atol=0)
+
+
+@EACH
+def test_evaluation_sees_the_average_and_training_goes_on(kind):
+    data = batches(2 * STEPS, torch.float32)
+    model, opt = followed(kind)
+    other = small_net(torch.float32)
+    told = explicit(kind, other)
+    for half in (data[:STEPS], data[STEPS:]):
+        steps(opt, model, half)
+        steps(told, other, half)
+        model.eval()
+        told.eval()
+        with torch.no_grad():
+            assert torch.equal(model(half[0][0]), other(half[0][0]))
+            assert torch.equal(model(half[0][0]), other(half[0][0]))  # and again, for it is idempotent
+        assert same(weights(model), weights(other))
+        model.train()
+        told.train()
+
+
+@pytest.mark.parametrize("how", ["part", "nested part", "inference mode", "mode set by hand", "generate"])
+def test_whatever_is_called_in_evaluation_mode_sees_the_average(how):
+    model = nn.Sequential(small_net(torch.float32), nn.Sequential(nn.Linear(2, 2)))
+    _, opt = followed("adamw", model)
+    steps(opt, model, batches(STEPS, torch.float32))
+    x = torch.ones(1, 3)
+    with opt.averaged():
+        expected = model[0](x).detach()
+    trained = model[0](x).detach()
+    assert not torch.equal(expected, trained)
+    if how == "mode set by hand":
+        for part in model.modules():
+            part.training = False
+    else:
+        model.eval()
+    with torch.inference_mode() if how == "inference mode" else torch.no_grad():
+        if how == "generate":
+            for _ in range(3):
+                model(x)
+        found = model[0][4](model[0][:4](x)) if how == "nested part" else model[0](x)
+    if how == "nested part":  # the slice is a module of its own, unknown: what comes after it is not
+        assert not opt._following.trained
+    else:
+        assert torch.equal(found, expected)
+    model.train()
+    assert torch.allclose(model[0](x), trained, atol=1e-6)
+
+
+@EACH
+def test_state_dict_has_the_average_in_either_mode(kind):
+    model, opt = followed(kind)
+    steps(opt, model, batches(STEPS, torch.float32))
+    with opt.averaged():
+        average = weights(model)
+    trained = weights(model)
+    assert same(model.state_dict().values(), average)
+    assert same(model[0].state_dict().values(), average[:2])
+    assert same(model.state_dict(keep_vars=True).values(), trained)
+    assert same(weights(model), trained)
+    model.eval()
+    assert same(model.state_dict().values(), average)
+    assert same(opt.averaged_state_dict(model).values(), average)
+
+
+def test_tied_weights_stay_one_tensor_in_a_state_dict():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    opt = OPTIMIZERS["adamw"](model)
+    steps(opt, model, [(torch.ones(4, 3), torch.tensor([0, 1, 2, 0]))] * 3)
+    saved = model.state_dict()
+    assert saved["0.weight"] is saved["2.weight"]
+    steps(opt, model, [(torch.ones(4, 3), torch.tensor([0, 1, 2, 0]))])
+    assert not torch.equal(model.state_dict()["0.weight"], saved["0.weight"])
+
+
+ORDERS = list(itertools.permutations(["model", "optimizer"]))
+
+
+@EACH
+@pytest.mark.parametrize("saves", ORDERS, ids=lambda order: f"save {order[0]} first")
+@pytest.mark.parametrize("loads", ORDERS, ids=lambda order: f"load {order[0]} first")
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_bit_for_bit_in_any_order(kind, saves, loads, mode, dtype):
+    data = batches(2 * STEPS, dtype)
+    model, opt = followed(kind, small_net(dtype))
+    steps(opt, model, data[:STEPS])
+    if mode == "evaluation":
+        model.eval()
+        model(data[0][0])
+    files = {}
+    for what in saves:
+        files[what] = io.BytesIO()
+        torch.save((model if what == "model" else opt).state_dict(), files[what])
+    model.train()
+    resumed, again = followed(kind, small_net(dtype, seed=1))
+    for what in loads:
+        files[what].seek(0)
+        (resumed if what == "model" else again).load_state_dict(torch.load(files[what], weights_only=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(opt, model, data[STEPS:])
+        steps(again, resumed, data[STEPS:])
+    assert same(weights(model), weights(resumed))
+    assert opt.diagnostics() == again.diagnostics()
+
+
+@EACH
+def test_a_state_goes_back_into_the_optimizer_it_is_of(kind):
+    """As some trainers do in passing: nothing changes."""
+    data = batches(2 * STEPS, torch.float32)
+    found = []
+    for reload in (True, False):
+        model, opt = followed(kind)
+        steps(opt, model, data[:STEPS])
+        state = opt.state_dict()
+        if reload:
+            opt.load_state_dict(state)
+        steps(opt, model, data[STEPS:])
+        found.append(weights(model))
+    assert same(*found)
+
+
+@EACH
+def test_states_of_different_checkpoints_are_noticed(kind):
+    data = batches(STEPS, torch.float32)
+    model, opt = followed(kind)
+    steps(opt, model, data)
+    early, state = copy.deepcopy(model.state_dict()), None
+    steps(opt, model, data)
+    state = opt.state_dict()
+    resumed, again = followed(kind, small_net(torch.float32, seed=1))
+    resumed.load_state_dict(early)
+    again.load_state_dict(state)
+    with pytest.warns(UserWarning, match="not those that the loaded state"):
+        steps(again, resumed, data[:1])
+    resumed.load_state_dict(early)
+    again.load_state_dict(state)
+    with pytest.warns(UserWarning, match="not those that the loaded state"):
+        resumed.eval()(data[0][0])
+    assert same(resumed.state_dict().values(), early.values())
+
+
+@EACH
+def test_a_model_saved_in_one_mode_and_an_optimizer_in_the_other_are_put_right(kind):
+    """Without following: the model's file after eval(), the optimizer's after train()."""
+    data = batches(STEPS, torch.float32)
+    model = small_net(torch.float32)
+    opt = explicit(kind, model)
+    steps(opt, model, data)
+    opt.eval()
+    files = copy.deepcopy(model.state_dict())
+    opt.train()
+    trained, state = weights(model), opt.state_dict()
+    resumed = small_net(torch.float32, seed=1)
+    again = explicit(kind, resumed)
+    resumed.load_state_dict(files)
+    again.load_state_dict(state)
+    assert same(weights(resumed), trained)
+
+
+@EACH
+@pytest.mark.parametrize("training", [True, False])
+def test_loaded_weights_are_an_average(kind, training):
+    """The best checkpoint, loaded for a test in a model that has trained on, is what was saved."""
+    data = batches(STEPS, torch.float32)
+    model, opt = followed(kind)
+    steps(opt, model, data)
+    best = copy.deepcopy(model.state_dict())
+    steps(opt, model, data)
+    if not training:
+        model.eval()(data[0][0])
+    model.load_state_dict(best)
+    model.eval()
+    model(data[0][0])
+    assert same(weights(model), best.values())
+    model.train()
+    steps(opt, model, data)
+
+
+def test_training_in_evaluation_mode_says_what_to_do():
+    model, opt = followed("adamw")
+    data = batches(2, torch.float32)
+    steps(opt, model, data)
+    model.eval()
+    loss_of(model, data[0]).backward()
+    with pytest.raises(RuntimeError, match="opt.unfollow"):
+        opt.step()
+    opt.zero_grad()
+    opt.unfollow()
+    opt.train()
+    steps(opt, model, data)
+
+
+@EACH
+def test_copies_and_pickles_are_followed_by_nobody(kind):
+    model, opt = followed(kind)
+    steps(opt, model, batches(3, torch.float32))
+    before = weights(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.eval()(torch.ones(1, 3))
+        other.load_state_dict(other.state_dict())
+    assert same(weights(model), before)
+    assert opt._following.trained
+    copied = copy.deepcopy(opt)
+    copied.eval()
+    assert copied._following is None
+
+
+@EACH
+def test_hooks_go_with_the_optimizer(kind):
+    model, opt = followed(kind)
+    assert model._forward_pre_hooks
+    opt.unfollow()
+    assert not model._forward_pre_hooks
+    opt.follow(model)
+    del opt
+    gc.collect()
+    for part in model.modules():
+        assert not part._forward_pre_hooks
+        assert not part._state_dict_hooks
+        assert not part._load_state_dict_pre_hooks
+
+
+@EACH
+def test_nothing_stays_marked(kind):
+    model, opt = followed(kind)
+    x, y = batches(1, torch.float32)[0]
+    out = model(x)
+    loss = F.cross_entropy(out, y)
+    assert type(loss) is Watched
+    assert type(loss.detach()) is Tensor
+    loss.backward()
+    assert type(loss) is Tensor
+    assert type(out) is Watched
+    opt.step()
+    assert type(out) is Tensor
+    loss = F.cross_entropy(model(x), y)  # an ordinary step
+    assert type(loss) is Tensor
+    with torch.no_grad():
+        assert type(model(x)) is Tensor
+
+
+@EACH
+def test_the_order_of_a_loop_does_not_matter(kind):
+    """zero_grad before the forward pass, between it and backward, or after the step; of the model or the optimizer."""
+    data, found = batches(STEPS, torch.float32), []
+    for order in ("first", "between", "last", "model"):
+        model, opt = followed(kind)
+        for batch in data:
+            if order == "first":
+                opt.zero_grad()
+            loss = loss_of(model, batch)
+            if order == "between":
+                opt.zero_grad()
+            loss.backward()
+            opt.step()
+            if order == "last":
+                opt.zero_grad()
+            if order == "model":
+                model.zero_grad()
+        found.append(weights(model))
+    assert all(same(found[0], other) for other in found[1:])
+
+
+class Attention(nn.Module):
+    """A block with fused attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 2)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)).mean(1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0][:, -1])
+
+
+class Checkpointed(Attention):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Dictionary(Attention):
+    def forward(self, x):
+        return {"logits": [super().forward(x)], "hidden": None}
+
+
+@pytest.mark.parametrize("make", [Attention, Recurrent, Checkpointed, Dictionary])
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+@EACH
+def test_what_has_no_second_derivative_is_measured(kind, make, amp):
+    if make is Recurrent and amp is torch.float16:
+        pytest.skip("torch's CPU has no LSTM of half precision")
+    torch.manual_seed(0)
+    model = make()
+    opt = OPTIMIZERS[kind](model)
+    x, y = torch.randn(16, 5, 8), torch.randint(0, 2, (16,))
+    scaler = torch.amp.GradScaler("cpu", enabled=amp is torch.float16, init_scale=1024.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(12):
+            with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
+                out = model(x)
+                loss = F.cross_entropy(out["logits"][0] if isinstance(out, dict) else out, y, label_smoothing=0.1)
+            loss = loss + 1e-4 * model.out.weight.square().sum()  # a loss made of parts
+            scaler.scale(loss).backward()
+            scaler.unscale_(opt)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+    assert all(row["refreshes"] == 2 for row in opt.diagnostics().values())
+
+
+@EACH
+def test_grad_scaler_changes_no_rate(kind):
+    found = []
+    for scale in (None, 2.0**10):
+        model, opt = followed(kind)
+        scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
+        for batch in batches(STEPS, torch.float32):
+            scaler.scale(loss_of(model, batch)).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        found.append(torch.tensor(list(opt.rates().values())))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=0)
+
+
+@EACH
+def test_two_optimizers_on_one_loss(kind):
+    """Each measures as if it were alone, and the gradients are those of one backward."""
+    x, y = batches(1, torch.float32)[0]
+    torch.manual_seed(0)
+    encoder, decoder = nn.Sequential(nn.Linear(3, 5), nn.Tanh()), nn.Linear(5, 2)
+    alone = []
+    for part in (encoder, decoder):
+        opt = OPTIMIZERS[kind](part)
+        F.cross_entropy(decoder(encoder(x)), y).backward()
+        alone.append([p.grad.clone() for p in part.parameters()])
+        opt.step()
+        alone.append(opt.rates())
+        [p.grad.zero_() for p in [*encoder.parameters(), *decoder.parameters()]]
+        opt.unfollow()
+    torch.manual_seed(0)
+    encoder, decoder = nn.Sequential(nn.Linear(3, 5), nn.Tanh()), nn.Linear(5, 2)
+    opts = [OPTIMIZERS[kind](part) for part in (encoder, decoder)]
+    F.cross_entropy(decoder(encoder(x)), y).backward()
+    assert all(p.grad is not None for opt in opts for p in opt.param_groups[0]["params"])
+    for opt in opts:
+        opt.step()
+        assert all(row["refreshes"] == 1 for row in opt.diagnostics().values())
+    assert opts[0].rates() == pytest.approx(alone[1])
+
+
+@pytest.mark.parametrize("call", ["retain_graph", "gradient", "inputs", "twice"])
+def test_backward_with_arguments_does_what_torch_does(call):
+    x, y = batches(1, torch.float32)[0]
+    grads = []
+    for following in (True, False):
+        model = small_net(torch.float32)
+        opt = followed("adamw", model)[1] if following else None
+        loss = F.cross_entropy(model(x), y)
+        if call == "retain_graph":
+            loss.backward(retain_graph=True)
+            loss.backward()
+        elif call == "gradient":
+            loss.backward(torch.tensor(2.0))
+        elif call == "inputs":
+            loss.backward(inputs=list(model[0].parameters()))
+        else:
+            loss.backward()
+            with pytest.raises(RuntimeError, match="second time"):
+                loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+        if call == "retain_graph" and opt is not None:
+            opt.step()
+            assert all(row["refreshes"] == 1 for row in opt.diagnostics().values())
+    torch.testing.assert_close(*grads)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Stubborn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.two(Once.apply(self.one(x)))
+
+
+def test_what_cannot_be_measured_is_said_and_training_goes_on():
+    model = Stubborn()
+    opt = OPTIMIZERS["adamw"](model)
+    batch = batches(1, torch.float32)[0]
+    with pytest.warns(UserWarning, match="once_differentiable") as caught:
+        steps(opt, model, [batch] * 3)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.warns(UserWarning, match="10 steps since .* once_differentiable"):
+        steps(opt, model, [batch] * 9)
+
+
+@EACH
+def test_a_closure_measures_in_its_only_call(kind):
+    """As Lightning calls it: gradients there before, no zero_grad, and None for a batch that is skipped."""
+    model, opt = followed(kind, update_every=2)
+    calls = []
+    for k, batch in enumerate(batches(9, torch.float32)):
+
+        def closure(batch=batch, k=k):
+            calls.append(k)
+            if k == 5:
+                return None
+            loss = loss_of(model, batch)
+            opt.zero_grad()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+    assert calls == list(range(9))
+    assert all(row["refreshes"] >= 4 for row in opt.diagnostics().values())
+
+
+def test_the_average_with_batch_norm_is_warned_of_once():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    opt = OPTIMIZERS["adamw"](model)
+    data = batches(3, torch.float32)
+    steps(opt, model, data)
+    with pytest.warns(UserWarning, match="refresh_norms"):
+        model.eval()(data[0][0])
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(opt, model, data)
+        model.eval()(data[0][0])
