@@ -11,7 +11,6 @@ was made for other tasks; DoG is judged by its last weights, not by its authors'
 from __future__ import annotations
 
 import ast
-import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,17 +70,13 @@ class Rule:
     value: bool = False
 
 
-def _parameters(problem: Problem, named: bool = False) -> list[Any]:
-    """What is trained, in two groups where weight decay is for matrices alone; ours is to see names."""
-    pairs = list(problem.model.named_parameters())
-    matrices, rest = [pair for pair in pairs if pair[1].ndim > 1], [pair for pair in pairs if pair[1].ndim < 2]
-
-    def shown(some: list[tuple[str, torch.nn.Parameter]]) -> list[Any]:
-        return list(some) if named else [p for _, p in some]
-
+def _parameters(problem: Problem) -> list[Any]:
+    """What is trained, in two groups where weight decay is for matrices alone (ours always does so)."""
+    params = list(problem.model.parameters())
     if problem.only_matrices:
-        return [{"params": shown(matrices)}, {"params": shown(rest), "weight_decay": 0.0}]
-    return shown(pairs)
+        matrices, rest = [p for p in params if p.ndim > 1], [p for p in params if p.ndim < 2]
+        return [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    return params
 
 
 def _of(module: str, name: str, **fixed: Any) -> Factory:
@@ -101,7 +96,7 @@ LAYERS: dict[str, Callable[[str], str]] = {"tensor": lambda name: name, "whole":
 
 def _ours(kind: type[LayerwiseOptimizer]) -> Factory:
     def make(problem: Problem, layers: str | None = None, **options: Any) -> Optimizer:
-        return kind(_parameters(problem, named=True), layers=LAYERS[layers] if layers else None, **options)
+        return kind(problem.model, layers=LAYERS[layers] if layers else None, **options)
 
     return make
 
@@ -238,8 +233,8 @@ class Trainer:
         def loss() -> Tensor:
             return self.times * self.problem.loss(self.model, self.steps)
 
-        if isinstance(self.optimizer, LayerwiseOptimizer):
-            value = self.optimizer.backward(loss if self.differences else loss())
+        if self.differences:
+            value = self.optimizer.backward(loss)
         else:
             value = loss()
             value.backward(create_graph=self.rule.graph)
@@ -266,7 +261,8 @@ class Trainer:
         BatchNorm gathers its statistics anew, for every optimizer alike: an average has none, and running ones lag
         behind weights that move fast. Afterwards all is as it was.
         """
-        kept = copy.deepcopy(self.model.state_dict())
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        kept = [tensor.detach().clone() for tensor in tensors]
         averages = self.average is not None and self.steps >= AVERAGE_EVERY
         if averages:
             self.model.load_state_dict(self.average.module.state_dict())
@@ -276,4 +272,6 @@ class Trainer:
         yield
         if self.modes and not averages:
             self.optimizer.train()
-        self.model.load_state_dict(kept)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
