@@ -33,7 +33,7 @@ class AdamWRule(Rule):
     buffers_with_momentum = ("exp_avg", "exp_avg_sq")
     buffers_schedule_free = ("offset", "exp_avg_sq")
     cap_schedule_free, cap_with_momentum = 0.2, 0.1
-    decoupled = True
+    decoupled = normalizes = True
     max_fall = 10.0  # a flat start is made good by a few measurements
     operator = "adamw_step"
 

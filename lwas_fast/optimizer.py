@@ -363,6 +363,7 @@ class LayerwiseOptimizer(Optimizer):
             self._warn_if_overdue()
         else:
             measured, self._measured = self._measured, None  # once, even if the update fails
+            measured = rates.of_this_step(measured, self._layout, self.rule, scaling)
             self._outcome = rates.take_in(measured, self.param_groups, scaling.found_inf)
             self._patience, self._failure = 1, None
             self._micro_batches = self._window.micro_batches

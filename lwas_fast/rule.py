@@ -180,6 +180,8 @@ class Rule(ABC):
         buffers_with_momentum: Their names in the mode with momentum.
         cap_schedule_free: Default of ``cap``; likewise `cap_with_momentum`.
         decoupled: Whether weight decay acts on the weights rather than through the gradient.
+        normalizes: Whether the length of directions is relative to that of past gradients (Adam's), so that a gradient
+            that is clipped after it was measured has another length than a step's.
         max_fall: Most that the present rate may exceed a measured one, as a factor; it is cut to that.
         operator: Name of the compiled update in ``torch.ops.lwas_fast``; None where there is none.
     """
@@ -190,6 +192,7 @@ class Rule(ABC):
     cap_schedule_free: ClassVar[float]
     cap_with_momentum: ClassVar[float]
     decoupled: ClassVar[bool]
+    normalizes: ClassVar[bool] = False
     max_fall: ClassVar[float] = math.inf
     operator: ClassVar[str | None] = None
 

@@ -160,19 +160,22 @@ class Reference:
         Args:
             loss: Scalar, twice differentiable function of the list of layers (of each), without weight decay.
             z: One +1 or −1 per layer, for a refresh with "signs".
-            gradient: Stands for the gradient in the update, not in the refresh: what clipping made of it.
+            gradient: Stands for the gradient in the update: what clipping made of it. In a refresh it has no part, but
+                that the rate is one for its direction (AdamW).
         """
         h, sign, sizes = self.hyper, -1 if self.hyper.maximize else 1, [w.numel() for w in self.W]
         l2 = 0.0 if self.adam else h.weight_decay
         W = [w.clone().requires_grad_() for w in self.W]
         pulls = [l2 * e * w for e, w in zip(self.decays, self.W, strict=True)]
         g = [g_i + pull for g_i, pull in zip(torch.autograd.grad(sign * loss(W), W), pulls, strict=True)]
+        clipped = None
+        if gradient is not None:
+            clipped = [sign * g_i + pull for g_i, pull in zip(gradient, pulls, strict=True)]
         if self.k == self.due:
             H = torch.func.hessian(lambda x: sign * loss(list(x.split(sizes))))(torch.cat(self.W))
-            self._refresh(g, H, z, loss(self.W).abs().item())
+            self._refresh(g, H, z, loss(self.W).abs().item(), clipped)
             self.last_k, self.due = self.k, self.k + self.interval
-        if gradient is not None:
-            g = [sign * g_i + pull for g_i, pull in zip(gradient, pulls, strict=True)]
+        g = g if clipped is None else clipped
         for i, g_i in enumerate(g):
             self._update(i, g_i)
         self.k, self.share = self.k + 1, h.betas[0] if self.adam else h.momentum
@@ -185,7 +188,9 @@ class Reference:
         D = 1 / ((v / (1 - beta2**n)).sqrt() + h.eps) if self.adam else torch.ones_like(g)
         return m, v, -D * g, -D * (m / (1 - beta1**n))
 
-    def _refresh(self, g: list[Tensor], H: Tensor, z: Signs, F: float = 1.0) -> None:
+    def _refresh(
+        self, g: list[Tensor], H: Tensor, z: Signs, F: float = 1.0, clipped: list[Tensor] | None = None
+    ) -> None:
         h, d, layers, start = self.hyper, [], [], 0
         for i, g_i in enumerate(g):
             d.append(self._moments(i, g_i)[2])
@@ -197,8 +202,12 @@ class Reference:
         d_s = torch.cat([s_i * d_i for s_i, d_i in zip(s, d, strict=True)])
         found = []
         for i, c in enumerate(curvature(H, d_s, layers, h.curvature, z)):
-            c = c / s[i] ** 2
-            count, rho, q = self.events[i], -g[i] @ d[i], d[i] @ d[i]
+            ratio = torch.tensor(1.0)
+            if clipped is not None and self.adam:
+                ratio = self._moments(i, clipped[i])[2].norm() / d[i].norm()
+                ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
+            c = c / s[i] ** 2 * ratio**2
+            count, rho, q = self.events[i], -g[i] @ d[i] * ratio, d[i] @ d[i]
             delta2 = c.abs() + (0.0 if self.adam or not self.decays[i].any() else h.weight_decay) * q
             w, D = (beta * old + (1 - beta) * new for old, new in ((self.w[i], 1.0), (self.D[i], F)))
             x = (rho * (rho / delta2) / (D / w)).clamp(max=100.0)

@@ -6,7 +6,7 @@
 """
 
 from lwas_fast.measure.differences import Replay
-from lwas_fast.measure.probes import Measurement, Probe, Products, Subject, Vectors, Window
+from lwas_fast.measure.probes import Measurement, Probe, Products, Subject, Vectors, Window, squared_lengths
 from lwas_fast.measure.routes import again, backward, evaluate, in_passing
 from lwas_fast.measure.watch import released
 
@@ -23,4 +23,5 @@ __all__ = [
     "evaluate",
     "in_passing",
     "released",
+    "squared_lengths",
 ]

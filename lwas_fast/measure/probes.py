@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lwas_fast.layers import Bucket, Layout
-from lwas_fast.rule import Here, Rule, with_decay
+from lwas_fast.rule import Here, Rule, Scaling, with_decay
 from lwas_fast.selection import Selection, squared_norms, state_dtype
 from lwas_fast.table import Column
 
@@ -187,14 +187,7 @@ def make_probes(
         dtypes = [state_dtype(p) for p in selection.params]
         raw = [gradients[p].detach() for p in selection.params]
         scaled = [g.to(dtype) if as_is else g.to(dtype) * factor for g, dtype in zip(raw, dtypes, strict=True)]
-        here = Here(
-            [layout.state_of(bucket, i) for i in selection.indices],
-            [p.detach().to(dtype) for p, dtype in zip(selection.params, dtypes, strict=True)],
-            scaled,
-            selection.decays,
-            torch.stack([bucket.counts[i] for i in selection.indices]).to(selection.dtype) + 1,
-            [-own[layer] for layer in selection.layer],
-        )
+        here = _here(layout, bucket, selection, scaled, [-own[layer] for layer in selection.layer])
         used, directions = subject.rule.directions(group, here)
         if used is scaled and as_is:
             used = raw  # half the memory, where it is of half precision
@@ -211,6 +204,30 @@ def make_probes(
             Probe(bucket, selection, Vectors(used, directions), own, of_product, here_size, of_layers, max_fall)
         )
     return probes
+
+
+def _here(layout: Layout, bucket: Bucket, selection: Selection, gradients: list[Tensor], factors: list[float]) -> Here:
+    return Here(
+        [layout.state_of(bucket, i) for i in selection.indices],
+        [p.detach().to(state_dtype(p)) for p in selection.params],
+        gradients,
+        selection.decays,
+        torch.stack([bucket.counts[i] for i in selection.indices]).to(selection.dtype) + 1,
+        factors,
+    )
+
+
+@torch.no_grad()
+def squared_lengths(layout: Layout, rule: Rule, probe: Probe, scaling: Scaling) -> Tensor:
+    """(S,), the squared norms of a probe's directions as the gradients in ``.grad`` now have them."""
+    selection = probe.selection
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in selection.params]
+    gradients = [g.to(state_dtype(p)) for g, p in zip(gradients, selection.params, strict=True)]
+    if scaling.grad_scale is not None:
+        gradients = list(torch._foreach_div(gradients, scaling.grad_scale.to(selection.elements.device).reshape(())))
+    here = _here(layout, probe.bucket, selection, gradients, [1.0] * len(gradients))
+    directions = rule.directions(layout.group_of(probe.bucket), here)[1]
+    return selection.per_layer(squared_norms(directions, probe.bucket.table.dtype))
 
 
 # Of a layer dominated by another's terms only the root of the true ratio shows, so this should be small. But ordinary

@@ -146,7 +146,7 @@ def launch(
     finish: bool = True,
     chunk: int | None = None,
     block: int | None = None,
-) -> tuple[Tensor, ...]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Take a measurement of some probes, all of one `launch_key`, into the rates, in one launch.
 
     Args:
@@ -159,7 +159,7 @@ def launch(
         block: Elements that it takes at a time; likewise.
 
     Returns:
-        For each probe (S, len(Column)), its layers' new statistics; unless `finish`, (S, len(Sums)), the sums.
+        For each probe (S, len(Sums)), the sums; and if it is to `finish`, (S, len(Column)), its layers' new statistics.
     """
     from lwas_fast.triton_kernels import layer_rates as kernels  # imports Triton
 
@@ -195,7 +195,8 @@ def launch(
             at_once=kernels.AT_ONCE,
             num_warps=kernels.WARPS,
         )
-    return torch.split(out, [len(probe.signs) for probe in probes])
+    sizes = [len(probe.signs) for probe in probes]
+    return torch.split(sums, sizes), torch.split(out, sizes) if finish else ()
 
 
 def triton_version() -> str | None:

@@ -6,19 +6,36 @@ travel, not the Hessian-vector products.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import Bucket, Groups
-from lwas_fast.measure import Measurement
+from lwas_fast.layers import Bucket, Groups, Layout
+from lwas_fast.measure import Measurement, Probe, Vectors, squared_lengths
 from lwas_fast.parallel import ddp
 from lwas_fast.profiling import span
 from lwas_fast.rates import launch, when
 from lwas_fast.rates.closed_form import layer_sums, refresh
+from lwas_fast.rule import Rule, Scaling
 from lwas_fast.selection import Selection
-from lwas_fast.table import Column
+from lwas_fast.table import Column, Sums
+
+
+class Part(NamedTuple):
+    """What a measurement found of one selection of layers.
+
+    Attributes:
+        probe: What was measured along, without its vectors.
+        sums: (S, len(Sums)).
+        rows: What the statistics are to become, (S, len(Column)).
+    """
+
+    probe: Probe
+    sums: Tensor
+    rows: Tensor
 
 
 class Measured(NamedTuple):
@@ -26,20 +43,49 @@ class Measured(NamedTuple):
 
     Attributes:
         due: Numbers of the parameter groups that were to be measured.
-        rows: Of each selection that was measured (S, len(Column)), what its rows of statistics are to become.
+        parts: What it found.
+        gradients: Those it left in ``.grad``, each with its version: a step may find them changed.
     """
 
     due: list[int]
-    rows: list[tuple[Bucket, Selection, Tensor]]
+    parts: list[Part]
+    gradients: list[tuple[Tensor, Tensor, int]]
 
 
 @torch.no_grad()
 def refreshed(measurement: Measurement, groups: Groups, plans: launch.Plans) -> Measured:
     """Work out what the statistics of the layers are to become; nothing is changed but `plans`."""
+    probes = measurement.probes
     with span("rates"):
-        rows = _rows(measurement, [groups[probe.bucket.group] for probe in measurement.probes], plans)
-    pairs = zip(measurement.probes, rows, strict=True)  # their vectors need not wait for the step
-    return Measured(measurement.due, [(probe.bucket, probe.selection, new) for probe, new in pairs])
+        sums, rows = _found(measurement, [groups[probe.bucket.group] for probe in probes], plans)
+    params = [param for probe in probes for param in probe.selection.params]
+    gradients = [(param, param.grad, param.grad._version) for param in params if param.grad is not None]
+    bare = [replace(probe, vectors=Vectors(None, [])) for probe in probes]  # those need not wait for the step
+    return Measured(measurement.due, [Part(*part) for part in zip(bare, sums, rows, strict=True)], gradients)
+
+
+@torch.no_grad()
+def of_this_step(measured: Measured, layout: Layout, rule: Rule, scaling: Scaling) -> Measured:
+    """The measurement as rates of the directions that the step is about to take.
+
+    A gradient that is clipped after it was measured gives another direction: of Adam's, for clipped gradients are what
+    its second moments know. Shorter by a factor in one layer, it asks for a rate that is longer by that factor.
+    """
+    untouched = all(param.grad is grad and grad._version == version for param, grad, version in measured.gradients)
+    if not rule.normalizes or untouched:
+        return measured
+    changed = []
+    for part in measured.parts:
+        now = squared_lengths(layout, rule, part.probe, scaling)
+        square = (now / part.sums[:, Sums.SQUARE]).to(part.sums)
+        square = torch.where((square > 0) & square.isfinite(), square, 1.0)
+        sums = part.sums.clone()
+        sums[:, Sums.DESCENT] *= square.sqrt()
+        sums[:, Sums.CURVATURE] *= square
+        changed.append(sums)
+    probes = [part.probe for part in measured.parts]
+    rows = refresh(probes, changed, [layout.group_of(probe.bucket) for probe in probes])
+    return measured._replace(parts=[Part(*part) for part in zip(probes, changed, rows, strict=True)])
 
 
 class Outcome:
@@ -50,7 +96,8 @@ class Outcome:
         self._events: list[Any] = []
         self._skipped = None if found_inf is None else self._sent(found_inf.reshape(1) != 0)
         self._parts: list[tuple[Bucket, Selection, Tensor]] = []
-        for bucket, selection, rows in measured.rows:
+        for probe, _, rows in measured.parts:
+            bucket, selection = probe.bucket, probe.selection
             lost = rows[:, Column.REFRESHES] == bucket.table[selection.rows][:, Column.REFRESHES]
             self._parts.append((bucket, selection, self._sent(lost & (selection.elements > 0))))
 
@@ -91,18 +138,19 @@ def take_in(measured: Measured, groups: Groups, found_inf: Tensor | None) -> Out
     `found_inf`, where there is one, is not 0 if GradScaler skips this step.
     """
     outcome = Outcome(measured, groups, found_inf)
-    for bucket, selection, rows in measured.rows:
+    for probe, _, rows in measured.parts:
+        bucket, selection = probe.bucket, probe.selection
         if found_inf is not None:  # what did not overflow was measured without the rest
             rows = torch.where(found_inf.to(rows.device) == 0, rows, bucket.table[selection.rows])
         bucket.table[selection.rows] = rows
-    with_gradient = {bucket.group for bucket, *_ in measured.rows}
+    with_gradient = {part.probe.bucket.group for part in measured.parts}
     for number in measured.due:
         when.schedule(groups[number], number in with_gradient)
     return outcome
 
 
-def _rows(measurement: Measurement, groups: Groups, plans: launch.Plans) -> list[Tensor]:
-    """For each probe its new rows; `groups` has its hyperparameters."""
+def _found(measurement: Measurement, groups: Groups, plans: launch.Plans) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """For each probe its sums and new rows; `groups` has its hyperparameters."""
     probes, products = measurement.probes, measurement.products
     together: dict[Any, list[int]] = {}
     apart: list[int] = []
@@ -114,15 +162,15 @@ def _rows(measurement: Measurement, groups: Groups, plans: launch.Plans) -> list
     # Promises of all layers are added up: one launch does so itself, of several and of several processes come sums.
     alone = measurement.replicas is None
     if alone and not apart and len(together) == 1:
-        return list(launch.launch(probes, products, groups, plans))
+        return launch.launch(probes, products, groups, plans)
     found = {p: layer_sums(probes[p], products[p]) for p in apart}
     for members in together.values():
         mine, theirs, options = ([x[p] for p in members] for x in (probes, products, groups))
-        sums = launch.launch(mine, theirs, options, plans, finish=False)  # type: ignore[arg-type]
+        sums, _ = launch.launch(mine, theirs, options, plans, finish=False)  # type: ignore[arg-type]
         found.update(zip(members, sums, strict=True))
     ordered = [found[p] for p in range(len(probes))]  # the same order on all replicas, whatever serves them
     if measurement.replicas is not None and ordered:
         *ordered, loss = ddp.average([*ordered, probes[0].loss], measurement.replicas)
         for probe in probes:
             probe.loss = loss.to(probe.loss)
-    return refresh(probes, ordered, groups)
+    return ordered, refresh(probes, ordered, groups)

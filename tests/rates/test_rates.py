@@ -128,7 +128,7 @@ class Problem:
         group = self.opt.param_groups[0]
         if implementation == "torch":
             return refresh([probe], [layer_sums(probe, products)], [group])[0]
-        (found,) = launch.launch([probe], [products], [group], plans, finish, chunk=CHUNK, block=BLOCK)
+        found = launch.launch([probe], [products], [group], plans, finish, chunk=CHUNK, block=BLOCK)[finish][0]
         return found
 
 

@@ -22,7 +22,7 @@ VGG16 = tuple(((width, 3 * 8, 9), (width,)) for width in (64, 64, 128, 128, *[25
 
 def rows_of(problem, probe, products, plans):
     """With the kernel's own chunks, as in training."""
-    (rows,) = launch.launch([probe], [products], problem.opt.param_groups, plans)
+    _, (rows,) = launch.launch([probe], [products], problem.opt.param_groups, plans)
     return rows
 
 
@@ -89,7 +89,7 @@ def test_a_number_next_to_fifty_million_and_124_million_in_all():
     sizes = ((1,), (50_000_017,), (1,), (74_000_000,))
     problem = Problem(Case(layers=tuple((s,) for s in sizes)))
     probe, products = problem.measure()
-    (sums,) = launch.launch([probe], [products], problem.opt.param_groups, {}, finish=False)
+    (sums,), _ = launch.launch([probe], [products], problem.opt.param_groups, {}, finish=False)
     for row, (g, d, u) in enumerate(zip(*probe.vectors, products.tensors, strict=True)):
         for column, (other, factor) in enumerate([(g, -problem.signs[row]), (u, 1.0), (d, 1.0)]):
             terms = d.double() * other.double() * factor
@@ -108,5 +108,5 @@ def test_more_elements_than_32_bits_count():
     product = torch.ones(count, dtype=torch.bfloat16, device="cuda")
     loss = torch.tensor(0.7, device="cuda")
     probe = Probe(bucket, bucket.select([0]), Vectors([product], [direction]), [1.0], 1.0, loss, [0.0])
-    (sums,) = launch.launch([probe], [Products([product], 0.5)], opt.param_groups, {}, finish=False)
+    (sums,), _ = launch.launch([probe], [Products([product], 0.5)], opt.param_groups, {}, finish=False)
     assert sums[0].tolist() == [-4099.0, 4099.0 / 2, 4099.0]
