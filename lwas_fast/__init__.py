@@ -6,8 +6,8 @@ direction and turn it into that layer's step size in closed form.
     >>> import torch
     >>> from lwas_fast import AdamWLW
     >>> model = torch.nn.Linear(4, 1)
-    >>> opt = AdamWLW(model.named_parameters())
-    >>> opt.backward(model(torch.ones(8, 4)).square().mean())
+    >>> opt = AdamWLW(model)
+    >>> model(torch.ones(8, 4)).square().mean().backward()
     >>> opt.step()
     >>> list(opt.rates())
     ['param']
@@ -30,9 +30,11 @@ if importlib.machinery.PathFinder.find_spec("lwas_fast.triton_kernels", __path__
 
 from lwas_fast.adamw import AdamWLW
 from lwas_fast.errors import CurvatureError
+from lwas_fast.follow import refresh_norms
+from lwas_fast.plots import plot_rates
 from lwas_fast.sgd import SGDLW
 from lwas_fast.update import averaged
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["SGDLW", "AdamWLW", "CurvatureError", "__version__", "averaged"]
+__all__ = ["SGDLW", "AdamWLW", "CurvatureError", "__version__", "averaged", "plot_rates", "refresh_norms"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
@@ -103,7 +103,7 @@ class AdamWLW(LayerwiseOptimizer):
     Their combination, cap and growth limit are ours.
 
     Args:
-        params: Parameters, ``(name, parameter)`` pairs (best: they make the layers), or group dictionaries.
+        params: The model (best: see `follow`), its parameters, ``(name, parameter)`` pairs, or group dictionaries.
         lr: Dimensionless multiplier of every step, for schedulers; 1 means what was measured.
         betas: Share of the average in the weights that are trained on (with momentum: decay of the gradient's average),
             and decay of the average of the gradient's square, shorter than torch's 0.999, so that a burst of gradients
@@ -126,7 +126,7 @@ class AdamWLW(LayerwiseOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1.0,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,

@@ -7,8 +7,8 @@ alone; calls further inside cost nothing. A copied or pickled model is followed 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
 
 from lwas_fast.measure import watch
 from lwas_fast.says import warn
@@ -84,6 +85,7 @@ class Owner(NamedTuple):
         due: Whether a measurement is.
         see: See `watch.Watcher`.
         average_of: A parameter's average, in memory of its own; None if there is none.
+        averaged: Hold the average inside.
         restart: Take a parameter's weights for iterate and average at once.
     """
 
@@ -92,6 +94,7 @@ class Owner(NamedTuple):
     due: weakref.WeakMethod[Callable[[], bool]]
     see: weakref.WeakMethod[Callable[..., bool]]
     average_of: weakref.WeakMethod[Callable[[Tensor], Tensor | None]]
+    averaged: weakref.WeakMethod[Callable[[], AbstractContextManager[None]]]
     restart: weakref.WeakMethod[Callable[[Tensor], None]]
 
 
@@ -167,6 +170,14 @@ class Following:
 
         handle = module.register_forward_hook(done, always_call=True)
 
+    def refresh_norms(self, loader: Iterable[Any], device: torch.device | int | None) -> None:
+        """See `refresh_norms`."""
+        root, averaged = self._root(), self._owner.averaged()
+        if root is not None:
+            with nullcontext() if averaged is None else averaged():
+                update_bn(loader, root, device)
+            self._norms_seen = True
+
     @contextmanager
     def differentiable(self) -> Iterator[None]:
         """Call no kernel inside that has no second derivative where there is one that has."""
@@ -231,3 +242,22 @@ class Following:
                 "layers are those of the weights trained on. Gather the average's before: "
                 "lwas_fast.refresh_norms(model, loader)"
             )
+
+
+def refresh_norms(model: nn.Module, loader: Iterable[Any], device: torch.device | int | None = None) -> None:
+    """Gather BatchNorm's running statistics anew, with the average of the weights: before evaluating, and saving, it.
+
+    ``torch.optim.swa_utils.update_bn`` with the average in the model. In training mode, without gradients, it runs the
+    model over all of `loader`: some 50 training batches are enough (``itertools.islice(loader, 50)``).
+
+    Args:
+        model: A model that an optimizer follows; of another one the weights are taken as they are.
+        loader: Batches: inputs, or lists or tuples that begin with them.
+        device: Where to move inputs to.
+    """
+    hooks = unwrapped(model)._forward_pre_hooks.values()
+    following = next((hook for hook in hooks if isinstance(hook, Following)), None)
+    if following is None:
+        update_bn(loader, model, device)
+    else:
+        following.refresh_norms(loader, device)

@@ -2,7 +2,8 @@
 
 Besides its options a group has ``layer_names`` (one a parameter), ``steps`` taken, the steps ``last_refresh`` and
 ``next_refresh`` of its measurements (rates/when.py), ``train_mode`` (whether its parameters hold the weights to train
-on) and ``share`` (the average's in them, at the last step; update/average.py).
+on), ``share`` (the average's in them, at the last step; update/average.py), and for loggers ``effective_lr``: the
+median of its layers' measured rates, times ``lr``, as of the last measurement.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def prepare(
     for name in options.WHOLE:
         if name in group:
             raise ValueError(f"{name}={group[name]!r}{where}: it holds for the whole optimizer; pass it there")
-    options.check({**defaults, **group}, where)
+    options_of = {**defaults, **group}
+    options.check(options_of, where)
     rule = group.pop("layers", rule)
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
     names = [entry[0] for entry in group["params"] if isinstance(entry, tuple)] or group.get("param_names")
@@ -87,4 +89,5 @@ def prepare(
     group["last_refresh"] = None
     group["train_mode"] = all(g["train_mode"] for g in earlier)
     group["share"] = None
+    group["effective_lr"] = float(options_of["lr"]) * options_of["warmup_rate"]
     return group

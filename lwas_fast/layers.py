@@ -168,6 +168,7 @@ class Layout:
         buffers_of: Callable[[dict[str, Any]], tuple[str, ...]],
     ):
         self.groups, self.state, self._buffers_of = groups, state, buffers_of
+        self._params = [list(group["params"]) for group in groups]
         # What took part in the last step, and all entries of `state` then: to look each up costs more than a step.
         self._states: dict[Selection, list[dict[str, Any]]] = {}
         self._entries: tuple[list[Tensor], list[dict[str, Any]]] = ([], [])
@@ -182,6 +183,13 @@ class Layout:
             ValueError: A layer's tensors are on two devices.
         """
         return [bucket for number in range(len(self.groups)) for bucket in self._buckets_of(number)]
+
+    def is_of(self, groups: Groups, state: MutableMapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether these are the groups, with the parameters, and the state that were laid out."""
+        if self.groups is not groups or self.state is not state or len(groups) != len(self._params):
+            return False
+        pairs = zip(self._params, (group["params"] for group in groups), strict=True)
+        return all(len(known) == len(now) and all(map(is_, known, now)) for known, now in pairs)
 
     @cached_property
     def home(self) -> dict[Tensor, dict[str, Any]]:
@@ -229,6 +237,13 @@ class Layout:
         for selection, found in states.items():
             self.state.update(zip(selection.params, found, strict=True))
         self._states, self._entries = states, (list(self.state), list(self.state.values()))
+
+    def attach(self) -> None:
+        """Make the layers' rows in `state` views of the tables again, where somebody moved or copied them."""
+        for bucket in self.buckets:
+            for i, param in enumerate(bucket.params):
+                if entry := self.state.get(param):
+                    entry["layer"] = bucket.table[bucket.row[i]]
 
     def _nothing_replaced(self) -> bool:
         params, entries = self._entries

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
@@ -74,7 +74,7 @@ class SGDLW(LayerwiseOptimizer):
     combination, ramp, cap and growth limit are ours.
 
     Args:
-        params: Parameters, ``(name, parameter)`` pairs (best: they make the layers), or group dictionaries.
+        params: The model (best: see `follow`), its parameters, ``(name, parameter)`` pairs, or group dictionaries.
         lr: Dimensionless multiplier of every step, for schedulers; 1 means what was measured.
         momentum: Share of the average in the weights that are trained on (with momentum: decay of the gradient's
             average), in [0, 1).
@@ -94,7 +94,7 @@ class SGDLW(LayerwiseOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 0.0,

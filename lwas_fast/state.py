@@ -113,7 +113,7 @@ def upgrade(groups: Groups, state: Mapping[Tensor, dict[str, Any]], defaults: di
         group.setdefault("schedule_free", False)  # of a version that knew nothing else
         for name in RANGES.keys() & defaults.keys():  # torch's __setstate__ adds defaults of its own
             group.setdefault(name, defaults[name])
-        for name, value in (("last_refresh", None), ("train_mode", True), ("share", None)):
+        for name, value in (("last_refresh", None), ("train_mode", True), ("share", None), ("effective_lr", 0.0)):
             group.setdefault(name, value)
 
 

@@ -41,7 +41,7 @@ def steps(opt, model, data, parts=1):
     for batch in data:
         for part, micro in enumerate(zip(batch[0].chunk(parts), batch[1].chunk(parts), strict=True)):
             loss = loss_of(model, micro) / parts
-            loss.backward() if opt._following else opt.backward(loss, last=part == parts - 1)
+            loss.backward() if opt._now.following else opt.backward(loss, last=part == parts - 1)
         opt.step()
         opt.zero_grad()
 
@@ -171,7 +171,7 @@ def test_whatever_is_called_in_evaluation_mode_sees_the_average(how):
                 model(x)
         found = model[0][4](model[0][:4](x)) if how == "nested part" else model[0](x)
     if how == "nested part":  # the slice is a module of its own, unknown: what comes after it is not
-        assert not opt._following.trained
+        assert not opt._now.following.trained
     else:
         assert torch.equal(found, expected)
     model.train()
@@ -333,10 +333,10 @@ def test_copies_and_pickles_are_followed_by_nobody(kind):
         other.eval()(torch.ones(1, 3))
         other.load_state_dict(other.state_dict())
     assert same(weights(model), before)
-    assert opt._following.trained
+    assert opt._now.following.trained
     copied = copy.deepcopy(opt)
     copied.eval()
-    assert copied._following is None
+    assert copied._now.following is None
 
 
 @EACH

@@ -19,7 +19,7 @@ import torch
 import lwas_fast
 from lwas_fast.options import Common
 
-PUBLIC = ["AdamWLW", "CurvatureError", "SGDLW", "__version__", "averaged"]
+PUBLIC = ["AdamWLW", "CurvatureError", "SGDLW", "__version__", "averaged", "plot_rates", "refresh_norms"]
 
 # Parameters of torch's that ours do not take. A release of torch that brings another makes the test fail: it is to be
 # taken or listed here.

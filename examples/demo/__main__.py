@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from examples.demo.data import HOW_TO_GET, NAMES, Images, load_images, places
 from examples.demo.model import SmallCNN
-from lwas_fast import AdamWLW
+from lwas_fast import AdamWLW, refresh_norms
 
 if TYPE_CHECKING:
     from examples.demo.report import Bars, Run
@@ -32,7 +31,7 @@ QUICK_STEPS, WARM_UP_STEPS = 60, 3
 BATCHES_FOR_NORM = 50
 EVALUATED = 10_000  # images of the training set on which the training loss is measured at the end
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "AdamWLW": lambda model: AdamWLW(model.named_parameters()),
+    "AdamWLW": AdamWLW,
     "AdamW (lr=1e-3)": lambda model: torch.optim.AdamW(model.parameters()),
 }
 
@@ -42,17 +41,13 @@ def take_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, x: T
     start = time.perf_counter()
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
-    if isinstance(optimizer, AdamWLW):
-        measures = optimizer.curvature_due
-        optimizer.backward(loss)  # the one line that differs: it measures the curvature when that is due
-    else:
-        measures = False
-        loss.backward()  # type: ignore[no-untyped-call]
+    measures = isinstance(optimizer, AdamWLW) and optimizer.curvature_due
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     value = loss.item()  # waits for the device, so the time is that of the whole step
     run.add_step(value, time.perf_counter() - start)
     if isinstance(optimizer, AdamWLW) and measures:  # rates() waits too, and until the next measurement they stay
-        run.add_rates(optimizer.rates())
+        run.add_rates(optimizer.rates(), optimizer.diagnostics())
 
 
 @torch.no_grad()
@@ -93,11 +88,9 @@ def compare(data: Images, batches: Sequence[Tensor], seed: int, bars: Bars) -> l
                 take_step(run, model, optimizer, x, y)
                 if not warm_up:
                     bars.advance(run)
-    for run, model, optimizer in zip(runs, models, optimizers, strict=True):
-        if isinstance(optimizer, AdamWLW):
-            optimizer.eval()  # the average of the weights
+    for run, model in zip(runs, models, strict=True):
         # BatchNorm has gathered no statistics with an average, and late ones with weights that move: anew, for both.
-        update_bn((data.x_train[batch] for batch in batches[-BATCHES_FOR_NORM:]), model)
+        refresh_norms(model, (data.x_train[batch] for batch in batches[-BATCHES_FOR_NORM:]))
         run.train_loss, _ = evaluate(model, data.x_train[:EVALUATED], data.y_train[:EVALUATED])
         run.test_loss, run.test_accuracy = evaluate(model, data.x_test, data.y_test)
     return runs

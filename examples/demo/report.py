@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 matplotlib.use("Agg")  # draws into files only: there may be no display
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+
+from lwas_fast import plot_rates  # noqa: E402
 
 # Blue and orange keep their distance for the colour-blind and in grey.
 COLOURS = ("#0b5fa5", "#e07b00")
@@ -30,8 +32,8 @@ class Run:
 
     name: str
     losses: list[float] = field(default_factory=list)  # of each step's batch, before that step
-    rate_steps: list[int] = field(default_factory=list)
-    rates: dict[str, list[float]] = field(default_factory=dict)  # of each layer, at rate_steps
+    rates: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # (step, of each layer)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)  # diagnostics of each
     seconds: float = 0.0
     train_loss: float = float("nan")
     test_loss: float = float("nan")
@@ -42,11 +44,10 @@ class Run:
         self.losses.append(loss)
         self.seconds += seconds
 
-    def add_rates(self, rates: dict[str, float]) -> None:
-        """Record the layers' rates at the step that was recorded last."""
-        self.rate_steps.append(len(self.losses) - 1)
-        for layer, rate in rates.items():
-            self.rates.setdefault(layer, []).append(rate)
+    def add_rates(self, rates: dict[str, float], layers: dict[str, dict[str, float]]) -> None:
+        """Record the layers' rates at the step that was recorded last, and what else is known of them."""
+        self.rates.append((len(self.losses) - 1, rates))
+        self.layers = layers
 
     def smooth_losses(self) -> list[float]:
         """Average the losses exponentially over about 20 steps, without the bias to the first one."""
@@ -61,13 +62,13 @@ class Run:
         recent = self.losses[-20:]
         text = f"loss {sum(recent) / len(recent):.3f}"
         if self.rates:
-            latest = [rates[-1] for rates in self.rates.values()]
+            latest = self.rates[-1][1].values()
             text += f", rates {min(latest):.0e} to {max(latest):.0e}"
         return text
 
 
 class Bars:
-    """A progress bar for each run; where the output is no terminal, a line at each quarter instead."""
+    """A progress bar for each run, and a table of the layers; with no terminal, a line at each quarter instead."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -79,16 +80,17 @@ class Bars:
             TextColumn("{task.fields[status]}"),
             console=CONSOLE,
             expand=True,
-            disable=not CONSOLE.is_terminal,
         )
+        self.live = Live(self.bars, console=CONSOLE)
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Bars:
-        self.bars.start()
+        if CONSOLE.is_terminal:
+            self.live.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.bars.stop()
+        self.live.stop()
 
     def advance(self, run: Run) -> None:
         """Show that `run` is one step further."""
@@ -96,8 +98,22 @@ class Bars:
         if run.name not in self.tasks:
             self.tasks[run.name] = self.bars.add_task(run.name, total=self.steps, status="")
         self.bars.update(self.tasks[run.name], completed=done, status=run.status())
+        if run.layers:
+            self.live.update(Group(self.bars, table_of(run.layers)))
         if not CONSOLE.is_terminal and done % max(1, self.steps // 4) == 0:
             say(f"{run.name}: step {done} of {self.steps}, {run.status()}")
+
+
+def table_of(layers: dict[str, dict[str, float]]) -> Table:
+    """What an optimizer's diagnostics tell of each layer."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layer")
+    for head in ("measured rate", "applied", "descent", "curvature", "measurements", "capped steps"):
+        table.add_column(head, justify="right")
+    for name, row in layers.items():
+        numbers = [f"{row[key]:.2e}" for key in ("rate", "applied", "descent", "curvature")]
+        table.add_row(name, *numbers, f"{row['refreshes']:.0f}", f"{row['capped']:.0f}")
+    return table
 
 
 def say(text: str) -> None:
@@ -139,11 +155,8 @@ def draw(runs: Sequence[Run], what: str, out: Path) -> None:
         _finish(left, "training loss (batch, smoothed)")
         left.set_ylim(0, 1.05 * max(max(run.smooth_losses()[10:], default=1) for run in runs))
         for run in runs:
-            colours = plt.get_cmap("viridis")(torch.linspace(0.0, 0.9, max(1, len(run.rates))).tolist())
-            for (layer, rates), colour in zip(run.rates.items(), colours, strict=False):
-                right.plot(run.rate_steps, rates, color=colour, linewidth=1.6, label=layer)
+            plot_rates(run.rates, right)
         right.axhline(ADAMW_RATE, color=COLOURS[1], linestyle="--", linewidth=1.2, label="AdamW's 1e-3")
-        right.set_yscale("log")
         _finish(right, "measured rate of each layer (log scale)", loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.suptitle(what, fontsize=10)
         figure.savefig(out, dpi=130)

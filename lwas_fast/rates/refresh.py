@@ -18,7 +18,7 @@ from lwas_fast.measure import Measurement, Probe, Vectors, squared_lengths
 from lwas_fast.parallel import ddp
 from lwas_fast.profiling import span
 from lwas_fast.rates import launch, when
-from lwas_fast.rates.closed_form import layer_sums, refresh
+from lwas_fast.rates.closed_form import current, layer_sums, refresh
 from lwas_fast.rule import Rule, Scaling
 from lwas_fast.selection import Selection
 from lwas_fast.table import Column, Sums
@@ -96,18 +96,21 @@ class Outcome:
         self._events: list[Any] = []
         self._skipped = None if found_inf is None else self._sent(found_inf.reshape(1) != 0)
         self._parts: list[tuple[Bucket, Selection, Tensor]] = []
+        self._medians: list[tuple[dict[str, Any], Tensor]] = []
         for probe, _, rows in measured.parts:
             bucket, selection = probe.bucket, probe.selection
             lost = rows[:, Column.REFRESHES] == bucket.table[selection.rows][:, Column.REFRESHES]
             self._parts.append((bucket, selection, self._sent(lost & (selection.elements > 0))))
+            rate = current(rows, groups[bucket.group]["warmup_rate"]).median()
+            self._medians.append((groups[bucket.group], self._sent(rate)))
 
-    def _sent(self, flags: Tensor) -> Tensor:
-        if not flags.is_cuda:
-            return flags
+    def _sent(self, values: Tensor) -> Tensor:
+        if not values.is_cuda:
+            return values
         # To wait for it here would hold the host up at every measurement.
-        there = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-        there.copy_(flags, non_blocking=True)
-        self._events.append(torch.cuda.current_stream(flags.device).record_event())
+        there = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        there.copy_(values, non_blocking=True)
+        self._events.append(torch.cuda.current_stream(values.device).record_event())
         return there
 
     def tell(self) -> list[str]:
@@ -118,6 +121,8 @@ class Outcome:
             for _, group, last_refresh in self._due:
                 group["last_refresh"], group["next_refresh"] = last_refresh, group["steps"]
             return []
+        for group, median in self._medians:
+            group["effective_lr"] = float(group["lr"]) * median.item()
         given_up = []
         for number, group, _ in self._due:
             lost = []

@@ -49,7 +49,7 @@ def test_signs_average_to_the_hessian_blocks(how, monkeypatch):
             opt.backward(loss_of(model, batch))
         else:
             opt._evaluate(usual(opt, model, batch))
-        ((*_, rows),) = opt._measured.parts
+        ((*_, rows),) = opt._now.measured.parts
         sums += rows[:, Column.CURVATURE]
         opt.zero_grad()
     expected = torch.tensor(blocks_of(model, batch), dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""A script for each trainer, and `python -m examples.trainers`, which compares them."""

@@ -1,0 +1,139 @@
+"""Run each trainer's script with AdamWLW and with torch's AdamW at three rates; print the table of docs/trainers.md.
+
+    python -m examples.trainers [NAMES...] [--write]
+
+AdamW takes the place of AdamWLW in the script's own text, in one line. How many measurements were due and taken is
+counted by hooks on the optimizer's step. Exits with 1 where one that was due was not taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "trainers.md"
+RATES = ("3e-4", "1e-3", "3e-3")
+SCRIPTS = {
+    "plain": "your own loop",
+    "hf_trainer": "HF Trainer: accumulation, clipping, best checkpoint",
+    "accelerate_loop": "Accelerate: accumulation, clipping",
+    "lightning_trainer": "Lightning, automatic: accumulation, clipping, best checkpoint",
+    "lightning_manual": "Lightning, manual: bf16, clipping",
+    "fabric_loop": "Fabric: bf16, clipping",
+    "timm_loop": "timm: ViT, bf16, loss scaler, clipping",
+    "geometric": "PyTorch Geometric: GAT",
+    "peft_lora": "peft: LoRA on BERT",
+}
+LIBRARIES: list[Any] = []  # what torch forgets with its library
+OURS = re.compile(r"\bAdamWLW\((\w+)\)")
+
+
+def with_adamw(text: str, rate: str) -> str:
+    """A script with torch's AdamW in the place of ours."""
+    return OURS.sub(rf"torch.optim.AdamW(\1.parameters(), lr={rate})", text)
+
+
+def run_here(name: str, rate: str | None) -> None:
+    """Run a script in this process and print what it did, as JSON."""
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+    from lwas_fast.optimizer import LayerwiseOptimizer
+
+    declare_torchvision()
+    due: list[bool] = []
+    taken: list[bool] = []
+
+    def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if isinstance(optimizer, LayerwiseOptimizer):
+            due.append(optimizer.curvature_due)
+
+    def after(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if isinstance(optimizer, LayerwiseOptimizer):
+            taken.append(any(group["last_refresh"] == group["steps"] - 1 for group in optimizer.param_groups))
+
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
+    text = (HERE / f"{name}.py").read_text()
+    text = text if rate is None else with_adamw(text, rate)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(compile(text, f"{name}.py", "exec"), {"__name__": "__main__"})
+    loss = re.findall(r"^loss ([\d.]+)", shown.getvalue(), re.MULTILINE)[-1]
+    print(json.dumps({"loss": float(loss), "due": sum(due), "taken": sum(taken)}))
+
+
+def declare_torchvision() -> None:
+    """Let torchvision be imported where its operators, of which none is used here, do not load.
+
+    Package registries have it built for CUDA, which does not fit a torch built for the CPU.
+    """
+    import torch
+
+    found = find_spec("torchvision")
+    if found is None or found.submodule_search_locations is None or torch.cuda.is_available():
+        return
+    text = (Path(found.submodule_search_locations[0]) / "_meta_registrations.py").read_text()
+    for operator in set(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"', text)):
+        with contextlib.suppress(RuntimeError):  # it is there
+            LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+            LIBRARIES[-1].define(f"{operator}(Tensor x) -> Tensor")
+
+
+def run(name: str, rate: str | None = None) -> dict[str, float]:
+    """Run a script in a process of its own."""
+    command = [sys.executable, "-m", "examples.trainers", "--here", name, *([] if rate is None else [rate])]
+    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    if done.returncode != 0:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def row(name: str) -> tuple[str, bool]:
+    """A script's row of the table, and whether all measurements due were taken."""
+    text = (HERE / f"{name}.py").read_text()
+    lines = sum(one != other for one, other in zip(text.splitlines(), with_adamw(text, "0").splitlines(), strict=True))
+    ours, theirs = run(name), {rate: run(name, rate)["loss"] for rate in RATES}
+    best = min(theirs, key=theirs.__getitem__)
+    losses = f"{ours['loss']:.4f}", f"{theirs[best]:.4f}"
+    mine = losses[0] if ours["loss"] <= theirs[best] else f"**{losses[0]}**"
+    link = f"[{SCRIPTS[name]}](https://github.com/lwas-fast/lwas_fast/blob/main/examples/trainers/{name}.py)"
+    cells = link, str(lines), f"{ours['taken']} of {ours['due']}", mine, f"{losses[1]} ({best})"
+    return f"| {' | '.join(cells)} |", ours["taken"] == ours["due"] > 0
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=", ".join(SCRIPTS))
+    parser.add_argument("--write", action="store_true", help="put the table into docs/trainers.md")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.here:
+        return run_here(args.names[0], *args.names[1:] or [None])
+    head = "| trainer and script | lines that differ | measured | loss | torch's AdamW (best of three rates) |"
+    rows, good = [head, "| --- | --- | --- | --- | --- |"], True
+    for name in args.names or SCRIPTS:
+        found, all_taken = row(name)
+        print(found, flush=True)
+        rows.append(found)
+        good = good and all_taken
+    if args.write:
+        start, end = "<!-- table: trainers -->", "<!-- end of table -->"
+        before, rest = PAGE.read_text().split(start)
+        PAGE.write_text(before + start + "\n\n" + "\n".join(rows) + "\n\n" + end + rest.split(end)[1])
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

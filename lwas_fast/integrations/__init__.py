@@ -1,0 +1,1 @@
+"""What trainers ask for beyond `AdamWLW(model)`; each module needs its trainer installed."""

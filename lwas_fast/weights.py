@@ -1,0 +1,165 @@
+"""Which of its two sets of weights a schedule-free optimizer has put into the model, also in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lwas_fast import follow, update
+from lwas_fast.base import WithLayers
+from lwas_fast.says import warn
+
+
+class WithAverage(WithLayers):
+    """An optimizer whose weights to evaluate are not those that it trains on."""
+
+    def _see(self, loss: Tensor, scaler: Any, ddp: DistributedDataParallel | None, keep: bool) -> bool:
+        """See `measure.watch.Watcher`."""
+        raise NotImplementedError
+
+    def follow(self, model: nn.Module) -> None:
+        """Follow a module, as an optimizer does from the start if it is given one: ``AdamWLW(model)``.
+
+        Then its evaluation-mode calls and its ``state_dict()`` see the average of the weights, and its training-mode
+        calls the weights to train on. When a measurement is due, a plain ``loss.backward()`` of a loss made from the
+        module's output measures. It works by hooks on the module, which go with the optimizer or by `unfollow`; a copy
+        of the module is not followed. A module that is trained in evaluation mode should not be followed.
+
+        Args:
+            model: The module whose parameters these are, compiled or in DistributedDataParallel as it may be.
+
+        Raises:
+            ValueError: It has none of the parameters.
+        """
+        mine = {param for group in self.param_groups for param in group["params"]}
+        if mine.isdisjoint(param for _, param in follow.named_parameters(model)):
+            raise ValueError(f"follow({type(model).__name__}): this optimizer has none of the module's parameters")
+        self.unfollow()
+        owner = {"hold": self._hold, "place": self._place, "due": self._due, "see": self._see}
+        owner |= {"average_of": self._average_of, "averaged": self.averaged, "restart": self._restart}
+        self._now.following = follow.Following(model, self, owner)
+        self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
+
+    def unfollow(self) -> None:
+        """Follow no module any more; its parameters hold what they hold (see `train`)."""
+        if self._now.following is not None:
+            self._now.following.stop()
+        self._now.following = None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Hold the average in the parameters inside, whatever a followed module's mode."""
+        following, training = self._now.following, all(group["train_mode"] for group in self.param_groups)
+        self.eval()
+        pinned = following is not None and following.pinned
+        if following is not None:
+            following.pinned = True
+        try:
+            yield
+        finally:
+            if following is not None:
+                following.pinned = pinned
+            self.train(training)
+
+    def averaged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """``model.state_dict()`` with the average of the weights, in memory of its own."""
+        with self.averaged():
+            return {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in model.state_dict().items()
+            }
+
+    def eval(self) -> None:
+        """Put the average of the iterates into the parameters: before evaluating the model, and before saving it.
+
+        Schedule-free optimizers train on other weights than those that are best (see the class). BatchNorm's running
+        statistics are those of the weights trained on: run some training batches through the model before it is
+        evaluated (``torch.optim.swa_utils.update_bn``). With ``schedule_free=False`` parameters stay as they are, but
+        training on asks for `train` all the same.
+
+        Nothing needs it where a module is followed (see `follow`).
+        """
+        self._hold(training=False)
+
+    def train(self, mode: bool = True) -> None:
+        """Put the weights to train on back into the parameters, after `eval`.
+
+        Args:
+            mode: False does what `eval` does.
+        """
+        self._hold(training=mode)
+
+    def _hold(self, training: bool) -> None:
+        self._place()
+        update.swap(self.param_groups, self.state, self.rule, training)
+        if self._now.following is not None:
+            self._now.following.trained = training
+
+    def _average_of(self, param: Tensor) -> Tensor | None:
+        group = self._layout.home.get(param)
+        return None if group is None else update.average_of(self.rule, group, self.state, param)
+
+    def _restart(self, param: Tensor) -> None:
+        """Take a parameter's weights, which were just loaded, for iterate and average at once."""
+        if (offset := self.state.get(param, {}).get("offset")) is not None:
+            offset.zero_()
+
+    def _check_training(self) -> None:
+        self._place()
+        update.check_training(self.param_groups, self._now.following is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; what is due next stands in the groups, so a measurement on its way is waited for.
+
+        It belongs beside a state of the model with the average in it where a module is followed (or after `eval`), and
+        else beside one with the weights trained on. `load_state_dict` notices which of the two the model has.
+        """
+        self._hear_outcome()
+        self._place()
+        if self._now.following is not None:
+            update.settle(self.param_groups, self.state, self.rule)
+        self._layout.attach()
+        saved = super().state_dict()
+        for group, mine in zip(saved["param_groups"], self.param_groups, strict=True):
+            if any("offset" in self.state.get(param, {}) for param in mine["params"]):
+                group["samples"] = update.samples(self.rule, mine, self.state)
+            group["train_mode"] = mine["train_mode"] and self._now.following is None
+        return saved
+
+    def _recognise(self) -> None:
+        """After loading: find out which weights the model holds, if it was loaded before; else `_place` does so."""
+        meant = [group["train_mode"] for group in self.param_groups]
+        for group in self.param_groups:
+            if known := group.pop("samples", None):
+                training, average = update.holds(group, self.state, known)
+                if training != average:
+                    group["train_mode"] = training
+                elif not training and self._now.following is not None:
+                    self._now.unplaced.append((group, known))
+        if self._now.following is not None:
+            self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
+            self._now.following.due = True
+            return
+        for group, training in zip(self.param_groups, meant, strict=True):
+            update.swap([group], self.state, self.rule, training)
+
+    def _place(self) -> None:
+        """Find out the same at last, before the weights are needed."""
+        unplaced, self._now.unplaced = self._now.unplaced, []
+        for group, known in unplaced:
+            training, average = update.holds(group, self.state, known)
+            if training or average:
+                group["train_mode"] = training and not average
+                continue
+            for param in group["params"]:
+                self._restart(param)
+            warn(
+                f"the model's weights are not those that the loaded state of {type(self).__name__} was saved with: "
+                "their average starts anew from here. Load the model's and the optimizer's states of one checkpoint"
+            )
+        if unplaced and self._now.following is not None:
+            self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
