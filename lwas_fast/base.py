@@ -29,6 +29,7 @@ class Now:
         failure: Why none could be made, at the last try.
         patience: Steps after which to warn that none was made.
         warned_of_layers: Whether it was said that a layer has none.
+        warned_of_lr: Whether `lr` was said to look like a learning rate.
         following: The hooks on the model.
         loading: The state that `load_state_dict` is taking in.
         unplaced: Groups of a loaded state, with its samples, of which the model holds neither set of weights yet.
@@ -43,6 +44,7 @@ class Now:
     failure: Exception | None = None
     patience: int = 1
     warned_of_layers: bool = False
+    warned_of_lr: bool = False
     following: Following | None = None
     loading: dict[str, Any] | None = None
     unplaced: list[tuple[dict[str, Any], list[list[float]]]] = field(default_factory=list)

@@ -234,6 +234,11 @@ class Layout:
         """Put states that are about to take a step into `state`, where they are not there yet."""
         if all(self._states.get(selection) is found for selection, found in states.items()):
             return
+        for param in (p for selection in states for p in selection.params if p not in self.state):
+            # Its first step. In mid-training (it was frozen), and if it was not measured with this step: with the next.
+            group = self.home[param]
+            if group["steps"] > 0 and group.get("last_refresh") != group["steps"]:
+                group["next_refresh"] = min(group["next_refresh"], group["steps"])
         for selection, found in states.items():
             self.state.update(zip(selection.params, found, strict=True))
         self._states, self._entries = states, (list(self.state), list(self.state.values()))

@@ -60,10 +60,10 @@ class LayerwiseOptimizer(WithAverage):
             params, chosen["weight_decay_on"] = follow.named_parameters(model), "matrices"
             chosen |= common
         options.check(chosen)
-        options.warn_of_lr(chosen["lr"])
         self._how = {name: chosen.pop(name) for name in options.WHOLE}
         self._layer_rule = layers
         self._now = Now()
+        self._warn_of_lr([chosen])
         super().__init__(params, chosen)  # type: ignore[arg-type]
         # GradScaler then sets grad_scale and found_inf instead of waiting for the device; as in torch, if asked for.
         self._step_supports_amp_scaling = bool(chosen["fused"])
@@ -107,10 +107,10 @@ class LayerwiseOptimizer(WithAverage):
     ) -> Tensor:
         """``loss.backward()``, and the curvature pass when one is due.
 
-        Gradient accumulation: pass ``last=False`` for every micro-batch but the last. That one is measured, on its own
-        gradient and curvature, taken times the number of micro-batches (the window's loss is about that many times the
-        last one's, whether it was divided by it or not). Gradients may be clipped or unscaled between `backward` and
-        `step`; rates are measured before that, so clipping shortens the step as it does with any optimizer.
+        Gradient accumulation: pass ``last=False`` for every micro-batch but the last. The last one's curvature is
+        measured along the direction of all accumulated gradients, and its own descent set against it. Gradients may be
+        clipped or unscaled between `backward` and `step`. SGDLW's step is shorter by clipping; AdamWLW's is not, if
+        gradients are clipped at each step, for its directions have a length that does not depend on it.
 
         Args:
             loss: A scalar with its graph; or a callable that returns it, which ``hvp="finite_difference"`` needs
@@ -210,6 +210,7 @@ class LayerwiseOptimizer(WithAverage):
             measured = rates.of_this_step(measured, self._layout, self.rule, scaling)
             self._now.outcome = rates.take_in(measured, self.param_groups, scaling.found_inf)
             self._now.patience, self._now.failure = 1, None
+            self._warn_of_lr(self.param_groups)
             self._now.micro_batches = self._now.window.micro_batches
         update.run(self._layout, self.rule, parts, scaling)
         self._close_window()
@@ -218,13 +219,25 @@ class LayerwiseOptimizer(WithAverage):
         return value
 
     def _evaluate(self, closure: Callable[[], Tensor | None]) -> Tensor | None:
-        replay = measure.Replay(self._layout.params) if self.curvature_due else None
+        if not self.curvature_due:
+            return measure.evaluate(closure)
+        params, window = self._layout.params, self._now.window
+        replay, stood = measure.Replay(params), {p: p.grad for p in params if p.grad is not None}
+        start, versions = {p: grad.clone() for p, grad in stood.items()}, [grad._version for grad in stood.values()]
         value = measure.evaluate(closure)
         # The closure may have measured, by opt.backward or by the loss of a followed model.
-        if replay is not None and self._now.measured is None and value is not None:
-            found = measure.again(self._subject(), closure, value, replay)
+        if self._now.measured is None and value is not None:
+            # Whether it added to what stood there: a zero_grad, the optimizer's or the model's, leaves other traces.
+            accumulated = window is self._now.window and all(
+                p.grad is grad and grad._version <= version + 1
+                for (p, grad), version in zip(stood.items(), versions, strict=True)
+            )
+            found = measure.again(self._subject(), closure, value, replay, 1.0, start, accumulated)
             self._now.measured = rates.refreshed(found, self.param_groups, self._now.plans)
         return value
+
+    def _warn_of_lr(self, groups: list[dict[str, Any]]) -> None:
+        self._now.warned_of_lr = self._now.warned_of_lr or any(map(options.warn_of_lr, groups))
 
     def _warn_if_overdue(self) -> None:
         late = max(map(rates.overdue, self.param_groups), default=0)

@@ -136,13 +136,16 @@ def refuse_removed(names: Iterable[str], optimizer: str) -> None:
 LEAST_LR = 0.05  # less than that is a learning rate left over from another optimizer
 
 
-def warn_of_lr(lr: Any) -> None:
-    """Warn of a multiplier that looks like a learning rate; 0 is somebody's intention."""
+def warn_of_lr(group: dict[str, Any]) -> bool:
+    """Warn of a multiplier, at a scheduler's most, that looks like a learning rate; 0 is somebody's intention."""
+    lr = group.get("max_lr", group.get("initial_lr", group["lr"]))
     if isinstance(lr, (int, float)) and 0 < lr < LEAST_LR:
         warn(
             f"lr={lr:g}: here lr multiplies step sizes that are measured, so this leaves {lr:.2g} of each step. Leave "
             "it out, or give schedulers a base (max_lr, base_lr) of 1"
         )
+        return True
+    return False
 
 
 def wants_plain(group: dict[str, Any]) -> bool:

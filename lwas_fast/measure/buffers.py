@@ -73,7 +73,8 @@ class _Kept:
     def restore(self) -> None:
         """Put all back."""
         for buffer, value in self._values.values():
-            buffer.data.copy_(value)  # .data: a graph elsewhere that saved it is as valid as before
+            if not torch.equal(buffer, value):  # others may be read-only, or expanded
+                buffer.data.copy_(value)  # .data: a graph elsewhere that saved it is as valid as before
         for module, name, buffer in self._names:
             if dict(module._buffers.items()).get(name) is not buffer:  # a scripted module's is no dictionary
                 module._buffers[name] = buffer

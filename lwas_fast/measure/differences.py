@@ -39,11 +39,13 @@ class Replay:
 
 
 @contextmanager
-def _gradients_kept(leaves: Sequence[Tensor], values: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Start from no gradients inside, and put the present ones, with these values, back after."""
+def _gradients_kept(
+    leaves: Sequence[Tensor], values: dict[Tensor, Tensor], start: dict[Tensor, Tensor]
+) -> Iterator[None]:
+    """Start from copies of these gradients inside, and put the present ones, with these values, back after."""
     kept = [(leaf, leaf.grad) for leaf in leaves]
     for leaf in leaves:
-        leaf.grad = None
+        leaf.grad = start[leaf].clone() if leaf in start else None
     try:
         yield
     finally:
@@ -94,6 +96,7 @@ def by_differences(
     replay: Replay,
     leaves: Sequence[Tensor],
     estimator: str,
+    start: dict[Tensor, Tensor],
 ) -> list[Products]:
     """Take the products of each probe as differences of gradients; "blocks" evaluates once for each layer.
 
@@ -105,6 +108,7 @@ def by_differences(
         replay: The random state that the first evaluation started from.
         leaves: Every tensor whose ``.grad`` the evaluation may touch.
         estimator: See `probes`.
+        start: The gradients that the first evaluation found in ``.grad``.
     """
     lengths = [_step_lengths(probe) for probe in probes]
     eps = [
@@ -118,7 +122,12 @@ def by_differences(
         moved = [probes[p].selection.params[i] for p, i in members]
         along = [probes[p].vectors.directions[i] for p, i in members]
         eps_of = [of_tensor[p][i] for p, i in members]
-        with _gradients_kept(leaves, before), _displaced(moved, along, eps_of), buffers_kept(leaves), replay.again():
+        with (
+            _gradients_kept(leaves, before, start),
+            _displaced(moved, along, eps_of),
+            buffers_kept(leaves),
+            replay.again(),
+        ):
             with torch.enable_grad():
                 evaluate()
             for p, i in members:

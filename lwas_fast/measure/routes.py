@@ -230,7 +230,13 @@ def evaluate(closure: Callable[[], Tensor | None]) -> Tensor | None:
 
 
 def again(
-    subject: Subject, closure: Callable[[], Tensor | None], loss: Tensor, replay: Replay, scale: Tensor | float = 1.0
+    subject: Subject,
+    closure: Callable[[], Tensor | None],
+    loss: Tensor,
+    replay: Replay,
+    scale: Tensor | float = 1.0,
+    start: dict[Tensor, Tensor] | None = None,
+    accumulated: bool = False,
 ) -> Measurement:
     """Measure by differences of gradients, where a first evaluation of a closure has left its own.
 
@@ -240,6 +246,8 @@ def again(
         loss: What it returned first.
         replay: The random state it started from then.
         scale: What turns raw gradients and products into estimates of the window's.
+        start: Gradients that it found in ``.grad`` when it started.
+        accumulated: Whether it left them there, and added its own.
     """
     params = subject.layout.params
     gradients = {p: p.grad for p in params if p.grad is not None}
@@ -247,6 +255,8 @@ def again(
     # The loss's graph is used up but still tells which other leaves the evaluation gives gradients to.
     leaves = list(dict.fromkeys(params + leaves_of(loss)))
     with span("curvature"):
-        probes = make_probes(subject, gradients, scale, scale, parallel.average_loss(loss))
-        products = by_differences(probes, lambda: evaluate(closure), replay, leaves, subject.how["curvature"])
+        start = start or {}
+        own = {p: g - start[p] if p in start else g for p, g in gradients.items()} if accumulated else None
+        probes = make_probes(subject, gradients, scale, scale, parallel.average_loss(loss), own)
+        products = by_differences(probes, lambda: evaluate(closure), replay, leaves, subject.how["curvature"], start)
     return Measurement(subject.due, probes, products)
