@@ -6,6 +6,7 @@ alone; calls further inside cost nothing. A copied or pickled model is followed 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -58,9 +59,32 @@ def _nothing(*_: object) -> None:
     pass
 
 
-def _remove(handles: list[Any]) -> None:
+def _stop(root: weakref.ref[nn.Module], handles: list[Any], stances: list[Any]) -> None:
+    """Take everything off a model that an optimizer followed."""
     for handle in handles:
         handle.remove()
+    while stances:
+        stances.pop().__exit__(None, None, None)
+    model = root()
+    if model is not None and isinstance(model.__dict__.get("train"), _Train):
+        del model.__dict__["train"]
+
+
+class _Train:
+    """In front of a model's own ``train``: a compiled model calls no hooks, but its mode is set here."""
+
+    def __init__(self, root: weakref.ref[nn.Module], then: Any):
+        self._root, self._then = root, then
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        model = self._root()
+        assert model is not None  # who calls this has it
+        type(model).train(model, mode)
+        self._then(mode)
+        return model
+
+    def __reduce__(self) -> Any:
+        return (getattr, (self._root(), "train"))  # a copied or pickled model has its class's own
 
 
 class _Hook:
@@ -122,7 +146,14 @@ class Following:
             if part._parameters:
                 handles.append(part.register_state_dict_post_hook(_Hook(self._saved)))  # type: ignore[no-untyped-call]
                 handles.append(part.register_load_state_dict_pre_hook(_Hook(self._loads)))  # type: ignore[no-untyped-call]
-        self.stop = weakref.finalize(optimizer, _remove, handles)
+        self._compiled = unwrapped(model) is not model and not isinstance(model, DistributedDataParallel)
+        self._called = False  # by a training-mode call since the last step
+        self._stances: list[Any] = []  # torch.compile's, while it is told to leave everything eager
+        if self._compiled:
+            handles.append(model.register_forward_pre_hook(_Hook(self._before_compiled)))
+        if "train" not in root.__dict__:
+            root.__dict__["train"] = _Train(self._root, self._mode_set)
+        self.stop = weakref.finalize(optimizer, _stop, self._root, handles, self._stances)
 
     def __reduce__(self) -> Any:
         return (_Hook, (_nothing,))
@@ -140,7 +171,9 @@ class Following:
         if hold is None or place is None or self.pinned or self._inside or getattr(module, "_is_replica", False):
             return
         place()
+        self._called = self._called or training
         if not training:
+            self._eager(False)
             if self.trained:
                 hold(False)
                 self._warn_of_norms()
@@ -151,6 +184,28 @@ class Following:
                 self._open(module)
         elif not self.trained:  # statistics of the average are being gathered
             self._norms_seen = True
+
+    def _mode_set(self, training: bool) -> None:
+        """After ``model.train()`` or ``model.eval()``, which is all that is to be seen of a compiled model."""
+        if not self._compiled:
+            return
+        hold = self._owner.hold()
+        changes = training is not self.trained and (torch.is_grad_enabled() or not training)
+        if hold is not None and changes and not self.pinned:
+            hold(training)
+        self._eager(training and self.due)
+
+    def _before_compiled(self, *_: object) -> None:
+        root, due = self._root(), self._owner.due()
+        if root is not None and root.training and self.due and torch.is_grad_enabled():
+            self._eager(due is not None and due())
+
+    def _eager(self, on: bool) -> None:
+        """Have compiled models run as they are, hooks and second derivatives included, or as they were compiled."""
+        if on and not self._stances and "torch._dynamo" in sys.modules:
+            self._stances.append(torch.compiler.set_stance("force_eager"))
+        while self._stances and not on:
+            self._stances.pop().__exit__(None, None, None)
 
     def _open(self, module: nn.Module) -> None:
         """Have the loss that is made from this call's output measured."""
@@ -202,11 +257,14 @@ class Following:
     def _of_ddp(self) -> DistributedDataParallel | None:
         return None if self._ddp is None else self._ddp()
 
-    def after_step(self, due: bool) -> None:
-        """Note that a step was taken, and whether the next is to be measured."""
+    def after_step(self, due: bool, unheard: bool) -> None:
+        """Note that a step was taken, and whether the next is to be measured, or may turn out to be."""
         if self.due:
             watch.unwatch(self)
-        self.due, self._stepped, self._norms_seen = due, True, False
+            self._compiled = self._compiled or not self._called  # nobody told us, but no hook was called
+        self._eager(due and self._compiled)
+        self._called = False
+        self.due, self._stepped, self._norms_seen = due or unheard, True, False
 
     def _saved(self, module: nn.Module, saved: dict[str, Any], prefix: str, _: Any) -> None:
         """A state dict of the model has the average in it, whatever the model holds."""

@@ -204,6 +204,7 @@ class LayerwiseOptimizer(WithAverage):
         scales = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         scaling = Scaling(*(scale if isinstance(scale, Tensor) else None for scale in scales))
         if self._now.measured is None:
+            self._hear_outcome()
             self._warn_if_overdue()
         else:
             measured, self._now.measured = self._now.measured, None  # once, even if the update fails
@@ -215,7 +216,7 @@ class LayerwiseOptimizer(WithAverage):
         update.run(self._layout, self.rule, parts, scaling)
         self._close_window()
         if self._now.following is not None:
-            self._now.following.after_step(self._now.outcome is not None or any(map(rates.is_due, self.param_groups)))
+            self._now.following.after_step(any(map(rates.is_due, self.param_groups)), self._now.outcome is not None)
         return value
 
     def _evaluate(self, closure: Callable[[], Tensor | None]) -> Tensor | None:

@@ -330,6 +330,8 @@ def test_copies_and_pickles_are_followed_by_nobody(kind):
     steps(opt, model, batches(3, torch.float32))
     before = weights(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.train(False) is other
+        assert model.training
         other.eval()(torch.ones(1, 3))
         other.load_state_dict(other.state_dict())
     assert same(weights(model), before)
@@ -518,6 +520,53 @@ def test_backward_with_arguments_does_what_torch_does(call):
             opt.step()
             assert all(row["refreshes"] == 1 for row in opt.diagnostics().values())
     torch.testing.assert_close(*grads)
+
+
+class Compiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = small_net(torch.float32)
+
+    def forward(self, x):
+        return self.net(x) * 1.0
+
+
+@EACH
+@pytest.mark.parametrize("told", [True, False], ids=["given compiled", "compiled later"])
+@pytest.mark.parametrize("make", [lambda: small_net(torch.float32), Compiled], ids=["sequential", "module"])
+def test_a_compiled_model_is_measured_and_evaluated_with_the_average(kind, told, make):
+    """Compiled code calls no hooks. Steps that measure run the model as it is."""
+    torch.manual_seed(0)
+    model = make()
+    compiled = torch.compile(model, backend="aot_eager")
+    opt = OPTIMIZERS[kind](compiled if told else model)
+    data = batches(STEPS, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = []
+        for k, (x, y) in enumerate(data):
+            out = compiled(x)
+            names.append(out.grad_fn.name())
+            F.cross_entropy(out, y).backward()
+            opt.step()
+            opt.zero_grad()
+            if k == 12:
+                compiled.eval()
+                with torch.no_grad():
+                    found = compiled(x)
+                with opt.averaged():
+                    assert torch.equal(found, model(x).detach())
+                compiled.train()
+    assert all(row["refreshes"] >= 2 for row in opt.diagnostics().values())
+    assert names.count("CompiledFunctionBackward") >= STEPS - 4
+    torch.testing.assert_close(
+        compiled.state_dict()["_orig_mod." + next(iter(model.state_dict()))].shape, next(model.parameters()).shape
+    )
+    with torch.compiler.set_stance("default"):
+        assert compiled(data[0][0]).grad_fn.name() == "CompiledFunctionBackward"
+    opt.unfollow()
+    assert "train" not in model.__dict__
+    assert compiled(data[0][0]).grad_fn.name() == "CompiledFunctionBackward"
 
 
 class Once(torch.autograd.Function):
