@@ -8,6 +8,8 @@
 #   make bench      whole steps, update and rates against torch's own, about 8 minutes: JSON and pictures in
 #                   bench/results/, tables at the end; ARGS="-k step" takes a part
 #   make lint       ruff, mypy, import-linter, clang-format
+#   make trainers   the scripts of examples/trainers, with AdamWLW and with AdamW, about 5 minutes; ARGS=--write puts the
+#                   table into the documentation
 #   make docs       the documentation's pages in site/; a broken link fails
 #   make package    wheel and source distribution, each installed in a fresh environment and tried there, 3 minutes
 #   make clean      start over
@@ -33,7 +35,7 @@ CSRC := $(wildcard csrc/*)
 # cores are busy with something else.
 demo test test-slow: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow bench lint docs package clean
+.PHONY: demo test test-slow bench trainers lint docs package clean
 
 demo: $(READY)
 	$(PY) -m examples.demo $(ARGS)
@@ -63,6 +65,9 @@ lint: $(READY)
 	$(LINT_IMPORTS)
 	$(CLANG_FORMAT) --dry-run --Werror $(CSRC) $(wildcard tests/update/fuzz/* tests/update/emulator/*)
 
+trainers: $(VENV)/trainers-ready
+	$(PY) -m examples.trainers $(ARGS)
+
 docs: $(VENV)/docs-ready
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 	@echo "open site/index.html, or with search: $(PY) -m http.server -d site"
@@ -81,11 +86,11 @@ $(READY): $(BASE) pyproject.toml setup.py $(CSRC)
 	@touch $@
 
 # The packages of the extra alone: to install it by name would build the package anew.
-DOCS := from importlib.metadata import requires; \
-  print(*(repr(r.split(";")[0]) for r in requires("lwas_fast") if "docs" in r.split(";")[-1]))
+EXTRA := import sys; from importlib.metadata import requires; \
+  print(*(repr(r.split(";")[0]) for r in requires("lwas_fast") if sys.argv[1] in r.split(";")[-1]))
 
-$(VENV)/docs-ready: $(READY)
-	$(PY) -c "$$DOCS" | xargs $(PIP) -c $(VENV)/constraints
+$(VENV)/%-ready: $(READY)
+	$(PY) -c "$$EXTRA" $* | xargs $(PIP) -c $(VENV)/constraints
 	@touch $@
 
 # Prints what makes the packages of the running interpreter visible to another environment, if a fitting torch is
@@ -108,7 +113,7 @@ try:
 except Exception as error:
     print("no torch in", sys.executable, f"({error})", file=sys.stderr)
 endef
-export SHARE_TORCH DOCS
+export SHARE_TORCH EXTRA
 
 $(BASE):
 	@if [ -e $(VENV) ] && [ ! -e $(VENV)/made-by-make ]; then echo \

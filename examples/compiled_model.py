@@ -1,10 +1,8 @@
-"""A compiled model: ordinary steps through the compiled module, steps that measure through the plain one.
+"""A compiled model: nothing to do but to give the optimizer the model.
 
     python examples/compiled_model.py
 
-Compiled modules have no second derivative. Either the steps that measure go through the module itself, as here (its
-parameters are the same), or curvature comes from differences of gradients, `opt.step(closure)` or
-`hvp="finite_difference"`, and then everything is compiled.
+Compiled code has no second derivative, so steps that measure run the module as it is; the others run what was compiled.
 """
 
 from __future__ import annotations
@@ -28,14 +26,13 @@ def train(
         batches: Inputs and labels.
         compile: ``torch.compile``, or None.
     """
-    fast = model if compile is None else compile(model)
-    opt = AdamWLW(model.named_parameters())  # names of the plain module: the compiled one's all begin with _orig_mod
+    model = model if compile is None else compile(model)
+    opt = AdamWLW(model)
     losses = []
     for x, y in batches:
         opt.zero_grad()
-        logits = (model if opt.curvature_due else fast)(x)
-        loss = F.cross_entropy(logits, y)
-        opt.backward(loss)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
         opt.step()
         losses.append(loss.item())
     return losses

@@ -102,13 +102,19 @@ def run(name: str, rate: str | None = None) -> dict[str, float]:
 def row(name: str) -> tuple[str, bool]:
     """A script's row of the table, and whether all measurements due were taken."""
     text = (HERE / f"{name}.py").read_text()
-    lines = sum(one != other for one, other in zip(text.splitlines(), with_adamw(text, "0").splitlines(), strict=True))
+    pairs = zip(text.splitlines(), with_adamw(text, "0").splitlines(), strict=True)
+    lines = sum(one != other for one, other in pairs)
     ours, theirs = run(name), {rate: run(name, rate)["loss"] for rate in RATES}
     best = min(theirs, key=theirs.__getitem__)
     losses = f"{ours['loss']:.4f}", f"{theirs[best]:.4f}"
     mine = losses[0] if ours["loss"] <= theirs[best] else f"**{losses[0]}**"
-    link = f"[{SCRIPTS[name]}](https://github.com/lwas-fast/lwas_fast/blob/main/examples/trainers/{name}.py)"
-    cells = link, str(lines), f"{ours['taken']} of {ours['due']}", mine, f"{losses[1]} ({best})"
+    cells = (
+        f"{SCRIPTS[name]} (`{name}.py`)",
+        str(lines),
+        f"{ours['taken']} of {ours['due']}",
+        mine,
+        f"{losses[1]} ({best})",
+    )
     return f"| {' | '.join(cells)} |", ours["taken"] == ours["due"] > 0
 
 
