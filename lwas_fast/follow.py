@@ -213,6 +213,10 @@ class Following:
         self.due = due is not None and due()
         if not self.due:
             return
+        # Trainers wrap the model when the optimizer has been made.
+        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is not None:
+            self._ddp = weakref.ref(wrapper)
         self._inside = True
         contexts = ExitStack()
         contexts.enter_context(self.differentiable())

@@ -430,19 +430,20 @@ class Dictionary(Attention):
 
 @pytest.mark.parametrize("make", [Attention, Recurrent, Checkpointed, Dictionary])
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @EACH
-def test_what_has_no_second_derivative_is_measured(kind, make, amp):
-    if make is Recurrent and amp is torch.float16:
+def test_what_has_no_second_derivative_is_measured(kind, make, amp, device):
+    if make is Recurrent and amp is torch.float16 and device == "cpu":
         pytest.skip("torch's CPU has no LSTM of half precision")
     torch.manual_seed(0)
-    model = make()
+    model = make().to(device)
     opt = OPTIMIZERS[kind](model)
-    x, y = torch.randn(16, 5, 8), torch.randint(0, 2, (16,))
-    scaler = torch.amp.GradScaler("cpu", enabled=amp is torch.float16, init_scale=1024.0)
+    x, y = torch.randn(16, 5, 8, device=device), torch.randint(0, 2, (16,), device=device)
+    scaler = torch.amp.GradScaler(device, enabled=amp is torch.float16, init_scale=1024.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(12):
-            with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
+            with torch.autocast(device, amp or torch.bfloat16, enabled=amp is not None):
                 out = model(x)
                 loss = F.cross_entropy(out["logits"][0] if isinstance(out, dict) else out, y, label_smoothing=0.1)
             loss = loss + 1e-4 * model.out.weight.square().sum()  # a loss made of parts

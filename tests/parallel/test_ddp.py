@@ -45,6 +45,20 @@ def replica(how: str, rank: int):
     return model.state_dict(), opt.rates()
 
 
+def followed(made_with: str, rank: int):
+    """Plain ``loss.backward()``, with the optimizer made before or after the model was wrapped."""
+    model = small_net()
+    opt = AdamWLW(model, update_every=2, weight_decay_on="all") if made_with == "model" else None
+    parallel = DistributedDataParallel(model)
+    opt = opt or AdamWLW(parallel, update_every=2, weight_decay_on="all")
+    for x, y in batches(6):
+        half = slice(8 * rank, 8 * rank + 8)
+        loss_of(parallel, (x[half], y[half])).backward()
+        opt.step()
+        opt.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}, opt.rates()
+
+
 def scaled(rank: int):
     """The weights after training on the loss and on a multiple of it, by either route."""
     found = []
@@ -123,7 +137,8 @@ def refusals(rank: int):
 
 WAYS = ["closure", "closure, bucket views", "autograd", "autograd, bucket views"]
 SCENARIOS = {how: partial(replica, how) for how in (*WAYS, "accumulated")}
-SCENARIOS |= {"branches": branches, "refusals": refusals, "scaled": scaled}
+FOLLOWED = {f"followed, {made_with}": partial(followed, made_with) for made_with in ("model", "wrapper")}
+SCENARIOS |= FOLLOWED | {"branches": branches, "refusals": refusals, "scaled": scaled}
 
 
 def _run(rank: int, folder: str) -> None:
@@ -157,15 +172,15 @@ def of_both(tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", [*WAYS, *FOLLOWED])
 def test_two_replicas_equal_one_process_on_the_joint_batch(of_both, how):
     (one, rates), (two, same) = of_both(how)
     assert rates == same
     model: nn.Module = small_net()
     opt = AdamWLW(model.named_parameters(), update_every=2)
     for batch in batches(6):
-        train_with(how, opt, model, batch)
-    for name, value in model.state_dict().items():
+        train_with("autograd" if how in FOLLOWED else how, opt, model, batch)
+    for name, value in model.named_parameters():
         assert torch.equal(one[name], two[name])
         torch.testing.assert_close(one[name], value, rtol=1e-6, atol=1e-8)
     for name, rate in opt.rates().items():
