@@ -637,3 +637,23 @@ def test_the_average_with_batch_norm_is_warned_of_once():
         warnings.simplefilter("error")
         steps(opt, model, data)
         model.eval()(data[0][0])
+
+
+@EACH
+@pytest.mark.parametrize("flatten", [True, False])
+def test_resume_through_distributed_checkpoint(kind, flatten):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    data = batches(2 * STEPS, torch.float32)
+    model, opt = followed(kind)
+    steps(opt, model, data[:STEPS])
+    of_model, of_optimizer = get_state_dict(model, opt, options=how)
+    resumed, again = followed(kind, small_net(torch.float32, seed=1))
+    set_state_dict(
+        resumed, again, model_state_dict=copy.deepcopy(of_model), optim_state_dict=copy.deepcopy(of_optimizer), options=how
+    )
+    steps(opt, model, data[STEPS:])
+    steps(again, resumed, data[STEPS:])
+    assert same(weights(model), weights(resumed))
+    assert opt.diagnostics() == again.diagnostics()
