@@ -26,15 +26,26 @@ DEPTH = 2  # levels of parts that are taken for ones that may be called alone
 _IN_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module, inside what torch wraps around it."""
+def _layers_of(model: nn.Module) -> list[nn.Module]:
+    """A module, what it is wrapped around, and so on, down to the user's own."""
+    found = [model]
     while True:
         if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
             model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile
+        elif _is_compiled(model):
             model = model._orig_mod  # type: ignore[assignment]
         else:
-            return model
+            return found
+        found.append(model)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return "_orig_mod" in model._modules  # by torch.compile, whose class would have to be imported, which is slow
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module, inside what torch wraps around it."""
+    return _layers_of(model)[-1]
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -59,12 +70,12 @@ def _nothing(*_: object) -> None:
     pass
 
 
-def _stop(root: weakref.ref[nn.Module], handles: list[Any], stances: list[Any]) -> None:
+def _stop(root: weakref.ref[nn.Module], handles: list[Any], *contexts: ExitStack) -> None:
     """Take everything off a model that an optimizer followed."""
     for handle in handles:
         handle.remove()
-    while stances:
-        stances.pop().__exit__(None, None, None)
+    for context in contexts:
+        context.close()
     model = root()
     if model is not None and isinstance(model.__dict__.get("train"), _Train):
         del model.__dict__["train"]
@@ -138,7 +149,7 @@ class Following:
         self._params = {param for _, param in named_parameters(root)}
         self._has_rnn = any(isinstance(part, nn.RNNBase) for part in root.modules())
         self._has_norms = any(isinstance(p, _BatchNorm) and p.track_running_stats for p in root.modules())
-        self._norms_seen = self._stepped = self._inside = self.pinned = False
+        self._norms_seen = self._stepped = self._inside = self._forced = self.pinned = False
         self.trained = self.due = True
         self._given: dict[int, tuple[int, Any]] = {}  # averages that were handed out, while they live
         handles = [entry.register_forward_pre_hook(self) for entry in dict.fromkeys(_entries(root, DEPTH))]
@@ -146,14 +157,15 @@ class Following:
             if part._parameters:
                 handles.append(part.register_state_dict_post_hook(_Hook(self._saved)))  # type: ignore[no-untyped-call]
                 handles.append(part.register_load_state_dict_pre_hook(_Hook(self._loads)))  # type: ignore[no-untyped-call]
-        self._compiled = unwrapped(model) is not model and not isinstance(model, DistributedDataParallel)
+        compiled = [part for part in _layers_of(model) if _is_compiled(part)]
+        handles += [part.register_forward_pre_hook(_Hook(self._before_compiled)) for part in compiled]
+        self._compiled = bool(compiled)
         self._called = False  # by a training-mode call since the last step
-        self._stances: list[Any] = []  # torch.compile's, while it is told to leave everything eager
-        if self._compiled:
-            handles.append(model.register_forward_pre_hook(_Hook(self._before_compiled)))
+        self._stance = ExitStack()  # torch.compile's, while it is told to leave everything eager
+        self._kernels = ExitStack()  # those that a call that is measured runs by
         if "train" not in root.__dict__:
             root.__dict__["train"] = _Train(self._root, self._mode_set)
-        self.stop = weakref.finalize(optimizer, _stop, self._root, handles, self._stances)
+        self.stop = weakref.finalize(optimizer, _stop, self._root, handles, self._stance, self._kernels)
 
     def __reduce__(self) -> Any:
         return (_Hook, (_nothing,))
@@ -202,10 +214,13 @@ class Following:
 
     def _eager(self, on: bool) -> None:
         """Have compiled models run as they are, hooks and second derivatives included, or as they were compiled."""
-        if on and not self._stances and "torch._dynamo" in sys.modules:
-            self._stances.append(torch.compiler.set_stance("force_eager"))
-        while self._stances and not on:
-            self._stances.pop().__exit__(None, None, None)
+        if on is self._forced or "torch._dynamo" not in sys.modules:
+            return
+        self._forced = on
+        if on:
+            self._stance.push(torch.compiler.set_stance("force_eager"))
+        else:
+            self._stance.close()
 
     def _open(self, module: nn.Module) -> None:
         """Have the loss that is made from this call's output measured."""
@@ -218,16 +233,18 @@ class Following:
         if wrapper is not None:
             self._ddp = weakref.ref(wrapper)
         self._inside = True
-        contexts = ExitStack()
-        contexts.enter_context(self.differentiable())
+        self._kernels.enter_context(self.differentiable())
 
         def done(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._inside = False
             handle.remove()
-            contexts.close()
+            self._leave()
             watch.watch(self, output)
 
         handle = module.register_forward_hook(done, always_call=True)
+
+    def _leave(self) -> None:
+        self._inside = False
+        self._kernels.close()
 
     def refresh_norms(self, loader: Iterable[Any], device: torch.device | int | None) -> None:
         """See `refresh_norms`."""
@@ -264,6 +281,7 @@ class Following:
     def after_step(self, due: bool, unheard: bool) -> None:
         """Note that a step was taken, and whether the next is to be measured, or may turn out to be."""
         if self.due:
+            self._leave()  # an interrupt may have kept it from leaving
             watch.unwatch(self)
             self._compiled = self._compiled or not self._called  # nobody told us, but no hook was called
         self._eager(due and self._compiled)

@@ -651,7 +651,11 @@ def test_resume_through_distributed_checkpoint(kind, flatten):
     of_model, of_optimizer = get_state_dict(model, opt, options=how)
     resumed, again = followed(kind, small_net(torch.float32, seed=1))
     set_state_dict(
-        resumed, again, model_state_dict=copy.deepcopy(of_model), optim_state_dict=copy.deepcopy(of_optimizer), options=how
+        resumed,
+        again,
+        model_state_dict=copy.deepcopy(of_model),
+        optim_state_dict=copy.deepcopy(of_optimizer),
+        options=how,
     )
     steps(opt, model, data[STEPS:])
     steps(again, resumed, data[STEPS:])
