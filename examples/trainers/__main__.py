@@ -33,6 +33,7 @@ SCRIPTS = {
     "timm_loop": "timm: ViT, bf16, loss scaler, clipping",
     "geometric": "PyTorch Geometric: GAT",
     "peft_lora": "peft: LoRA on BERT",
+    "finetune": "fine-tuning a small CNN on 200 images",
 }
 LIBRARIES: list[Any] = []  # what torch forgets with its library
 OURS = re.compile(r"\bAdamWLW\((\w+)\)")
