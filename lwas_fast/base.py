@@ -104,16 +104,17 @@ class WithLayers(Optimizer):
         """One flat dictionary for TensorBoard, Weights & Biases or a CSV file; waits for the device.
 
         Returns:
-            ``rate/<layer>``, what multiplied the layer's direction in the last step; ``measurements``, how many the
-            layer with the fewest has had; and shares in [0, 1]: ``unusable`` of measurements, ``capped`` of steps.
+            ``applied/<layer>``, what multiplied the layer's direction in the last step; ``measurements``, how many the
+            layer with the fewest has had; and shares in [0, 1]: ``share_unusable`` of measurements, ``share_capped``
+            of steps.
         """
         rows = self.diagnostics()
-        found = {f"rate/{layer}": row["applied"] for layer, row in rows.items()}
+        found = {f"applied/{layer}": row["applied"] for layer, row in rows.items()}
         lost = sum(row["nonfinite"] + row["no_descent"] for row in rows.values())
         steps = sum(group["steps"] * len(set(group["layer_names"])) for group in self.param_groups)
         found["measurements"] = min(row["refreshes"] for row in rows.values())
-        found["unusable"] = lost / max(1, lost + sum(row["refreshes"] for row in rows.values()))
-        found["capped"] = sum(row["capped"] for row in rows.values()) / max(1, steps)
+        found["share_unusable"] = lost / max(1, lost + sum(row["refreshes"] for row in rows.values()))
+        found["share_capped"] = sum(row["capped"] for row in rows.values()) / max(1, steps)
         return found
 
     @property

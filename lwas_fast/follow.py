@@ -70,29 +70,55 @@ def _nothing(*_: object) -> None:
     pass
 
 
-def _stop(root: weakref.ref[nn.Module], handles: list[Any], *contexts: ExitStack) -> None:
+# Those who want compiled models to run as they are: torch has one stance for all, to be put back by the last.
+_eager: set[int] = set()
+_stance = ExitStack()
+
+
+def _run_eagerly(who: int, on: bool) -> None:
+    """Have compiled code run as it is, hooks and second derivatives included, while anybody wants that."""
+    if on and not _eager and "torch._dynamo" in sys.modules:
+        _stance.push(torch.compiler.set_stance("force_eager"))
+    if on and (_eager or "torch._dynamo" in sys.modules):
+        _eager.add(who)
+    elif not on and who in _eager:
+        _eager.remove(who)
+        if not _eager:
+            _stance.close()
+
+
+def _stop(
+    root: weakref.ref[nn.Module],
+    train: _Train,
+    handles: list[Any],
+    who: weakref.ref[Following],
+    identity: int,
+    kernels: ExitStack,
+) -> None:
     """Take everything off a model that an optimizer followed."""
     for handle in handles:
         handle.remove()
-    for context in contexts:
-        context.close()
+    kernels.close()
+    _run_eagerly(identity, False)
+    watch.unwatch(who())
     model = root()
-    if model is not None and isinstance(model.__dict__.get("train"), _Train):
+    if model is not None and model.__dict__.get("train") is train:
         del model.__dict__["train"]
 
 
 class _Train:
-    """In front of a model's own ``train``: a compiled model calls no hooks, but its mode is set here."""
+    """In front of a model's own ``train``: modes that are set here are known before the model is called."""
 
     def __init__(self, root: weakref.ref[nn.Module], then: Any):
-        self._root, self._then = root, then
+        self._root, self._then = root, weakref.WeakMethod(then)
 
-    def __call__(self, mode: bool = True) -> nn.Module:
-        model = self._root()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, then = self._root(), self._then()
         assert model is not None  # who calls this has it
-        type(model).train(model, mode)
-        self._then(mode)
-        return model
+        found = type(model).train(model, *args, **kwargs)
+        if then is not None:
+            then(model.training)
+        return found
 
     def __reduce__(self) -> Any:
         return (getattr, (self._root(), "train"))  # a copied or pickled model has its class's own
@@ -116,7 +142,8 @@ class Owner(NamedTuple):
 
     Attributes:
         hold: Put the weights to train on (True) or their average (False) into the model.
-        place: Find out which of them a model holds that was loaded.
+        place: Find out which of them a model holds that was loaded; whether that is known now, which it is if told to
+            find it out `at_last`.
         due: Whether a measurement is.
         see: See `watch.Watcher`.
         average_of: A parameter's average, in memory of its own; None if there is none.
@@ -125,7 +152,7 @@ class Owner(NamedTuple):
     """
 
     hold: weakref.WeakMethod[Callable[[bool], None]]
-    place: weakref.WeakMethod[Callable[[], None]]
+    place: weakref.WeakMethod[Callable[[bool], bool]]
     due: weakref.WeakMethod[Callable[[], bool]]
     see: weakref.WeakMethod[Callable[..., bool]]
     average_of: weakref.WeakMethod[Callable[[Tensor], Tensor | None]]
@@ -140,18 +167,21 @@ class Following:
         trained: Whether the model holds the weights to train on, not their average.
         due: Whether the next loss may have to be measured.
         pinned: Whether the model keeps the weights that it has, whatever its mode.
+        restored: Whether the optimizer's state was loaded since its last step.
     """
 
     def __init__(self, model: nn.Module, optimizer: object, owner: dict[str, Any]):
         root = unwrapped(model)
+        for earlier in [hook for hook in root._forward_pre_hooks.values() if isinstance(hook, Following)]:
+            earlier.give_up()
         self._root, self._owner = weakref.ref(root), Owner(**{k: weakref.WeakMethod(v) for k, v in owner.items()})
         self._ddp = weakref.ref(model) if isinstance(model, DistributedDataParallel) else None
         self._params = {param for _, param in named_parameters(root)}
         self._has_rnn = any(isinstance(part, nn.RNNBase) for part in root.modules())
         self._has_norms = any(isinstance(p, _BatchNorm) and p.track_running_stats for p in root.modules())
-        self._norms_seen = self._stepped = self._inside = self._forced = self.pinned = False
+        self._norms_seen = self._stepped = self._inside = self.pinned = self.restored = False
         self.trained = self.due = True
-        self._given: dict[int, tuple[int, Any]] = {}  # averages that were handed out, while they live
+        self._given: dict[int, tuple[Any, Any]] = {}  # averages that were handed out, while they live
         handles = [entry.register_forward_pre_hook(self) for entry in dict.fromkeys(_entries(root, DEPTH))]
         for part in root.modules():
             if part._parameters:
@@ -159,20 +189,31 @@ class Following:
                 handles.append(part.register_load_state_dict_pre_hook(_Hook(self._loads)))  # type: ignore[no-untyped-call]
         compiled = [part for part in _layers_of(model) if _is_compiled(part)]
         handles += [part.register_forward_pre_hook(_Hook(self._before_compiled)) for part in compiled]
-        self._compiled = bool(compiled)
-        self._called = False  # by a training-mode call since the last step
-        self._stance = ExitStack()  # torch.compile's, while it is told to leave everything eager
+        self._compiled: bool | None = True if compiled else None  # not known
+        self._called = False  # in training mode, since the last step
         self._kernels = ExitStack()  # those that a call that is measured runs by
-        if "train" not in root.__dict__:
-            root.__dict__["train"] = _Train(self._root, self._mode_set)
-        self.stop = weakref.finalize(optimizer, _stop, self._root, handles, self._stance, self._kernels)
+        train = root.__dict__["train"] = _Train(self._root, self._mode_set)
+        self.stop = weakref.finalize(optimizer, _stop, self._root, train, handles, weakref.ref(self), id(self), self._kernels)
 
     def __reduce__(self) -> Any:
         return (_Hook, (_nothing,))
 
+    def model(self) -> nn.Module | None:
+        """The model, while it lives."""
+        return self._root()
+
+    def give_up(self) -> None:
+        """Make way for another optimizer: the weights to train on are what it starts from, and their own average."""
+        hold, restart = self._owner.hold(), self._owner.restart()
+        if hold is not None and restart is not None:
+            hold(True)
+            for param in self._params:
+                restart(param)
+        self.stop()
+
     def __call__(self, module: nn.Module, _: Any) -> None:
         """Before the model, or a part of it, is called."""
-        if torch.compiler.is_compiling() or (root := self._root()) is None:
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or (root := self._root()) is None:
             return
         training = root.training
         if training is not self.trained or self.due:
@@ -180,12 +221,14 @@ class Following:
 
     def _act(self, module: nn.Module, training: bool) -> None:
         hold, place = self._owner.hold(), self._owner.place()
+        if self._inside and module is self._root():  # an interrupt kept the last call from leaving
+            self._leave()
         if hold is None or place is None or self.pinned or self._inside or getattr(module, "_is_replica", False):
             return
-        place()
+        place(True)
         self._called = self._called or training
         if not training:
-            self._eager(False)
+            _run_eagerly(id(self), False)
             if self.trained:
                 hold(False)
                 self._warn_of_norms()
@@ -199,28 +242,19 @@ class Following:
 
     def _mode_set(self, training: bool) -> None:
         """After ``model.train()`` or ``model.eval()``, which is all that is to be seen of a compiled model."""
-        if not self._compiled:
-            return
-        hold = self._owner.hold()
+        self._leave()
+        hold, place = self._owner.hold(), self._owner.place()
         changes = training is not self.trained and (torch.is_grad_enabled() or not training)
-        if hold is not None and changes and not self.pinned:
+        if hold is not None and place is not None and changes and not self.pinned and place(False):
             hold(training)
-        self._eager(training and self.due)
+            if not training:
+                self._warn_of_norms()
+        _run_eagerly(id(self), training and self.due and bool(self._compiled))
 
     def _before_compiled(self, *_: object) -> None:
         root, due = self._root(), self._owner.due()
         if root is not None and root.training and self.due and torch.is_grad_enabled():
-            self._eager(due is not None and due())
-
-    def _eager(self, on: bool) -> None:
-        """Have compiled models run as they are, hooks and second derivatives included, or as they were compiled."""
-        if on is self._forced or "torch._dynamo" not in sys.modules:
-            return
-        self._forced = on
-        if on:
-            self._stance.push(torch.compiler.set_stance("force_eager"))
-        else:
-            self._stance.close()
+            _run_eagerly(id(self), due is not None and due())
 
     def _open(self, module: nn.Module) -> None:
         """Have the loss that is made from this call's output measured."""
@@ -233,6 +267,7 @@ class Following:
         if wrapper is not None:
             self._ddp = weakref.ref(wrapper)
         self._inside = True
+        _run_eagerly(id(self), True)  # parts of it, and the loss, may be compiled
         self._kernels.enter_context(self.differentiable())
 
         def done(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -246,13 +281,12 @@ class Following:
         self._inside = False
         self._kernels.close()
 
-    def refresh_norms(self, loader: Iterable[Any], device: torch.device | int | None) -> None:
+    def refresh_norms(self, model: nn.Module, loader: Iterable[Any], device: torch.device | int | None) -> None:
         """See `refresh_norms`."""
-        root, averaged = self._root(), self._owner.averaged()
-        if root is not None:
-            with nullcontext() if averaged is None else averaged():
-                update_bn(loader, root, device)
-            self._norms_seen = True
+        averaged = self._owner.averaged()
+        with nullcontext() if averaged is None else averaged():
+            update_bn(loader, model, device)
+        self._norms_seen = True
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -283,10 +317,11 @@ class Following:
         if self.due:
             self._leave()  # an interrupt may have kept it from leaving
             watch.unwatch(self)
-            self._compiled = self._compiled or not self._called  # nobody told us, but no hook was called
-        self._eager(due and self._compiled)
-        self._called = False
-        self.due, self._stepped, self._norms_seen = due or unheard, True, False
+            if not self._called:  # nobody told us that it is compiled, but no hook was called; unless that was no help
+                self._compiled = True if self._compiled is None else self._compiled and id(self) not in _eager
+        _run_eagerly(id(self), due and bool(self._compiled))
+        self._called = self.restored = self._norms_seen = False
+        self.due, self._stepped = due or unheard, True
 
     def _saved(self, module: nn.Module, saved: dict[str, Any], prefix: str, _: Any) -> None:
         """A state dict of the model has the average in it, whatever the model holds."""
@@ -298,20 +333,22 @@ class Following:
             if param is None or entry is None or entry is param:  # keep_vars=True asks for the parameters themselves
                 continue
             # A tied tensor stays one.
-            version, given = self._given.get(id(param), (None, lambda: None))
-            if version != param._version or (average := given()) is None:
+            versions, given = self._given.get(id(param), (None, lambda: None))
+            average = given()
+            if average is None or versions != (param._version, average._version):
                 if (average := average_of(param)) is None:
                     continue
-                self._given[id(param)] = param._version, weakref.ref(average)
+                self._given[id(param)] = (param._version, average._version), weakref.ref(average)
             saved[prefix + name] = average
 
     def _loads(self, module: nn.Module, saved: dict[str, Any], prefix: str, *_: Any) -> None:
         """Weights that are loaded are an average: the iterate starts from there as well."""
         restart = self._owner.restart()
-        if restart is None or not self.trained:
+        if restart is None or (self.restored and not self.trained):  # that belongs to what is loaded now
             return
         for name, param in module._parameters.items():
-            if param is not None and prefix + name in saved:
+            new = saved.get(prefix + name)
+            if param is not None and new is not None and getattr(new, "shape", None) == param.shape:
                 restart(param)
 
     def _warn_of_norms(self) -> None:
@@ -320,7 +357,7 @@ class Following:
             warn(
                 "the model is evaluated with the average of its weights, but the running statistics of its BatchNorm "
                 "layers are those of the weights trained on. Gather the average's before: "
-                "lwas_fast.refresh_norms(model, loader)"
+                "lwas_fast.refresh_norms(model, training_batches)"
             )
 
 
@@ -331,13 +368,18 @@ def refresh_norms(model: nn.Module, loader: Iterable[Any], device: torch.device 
     model over all of `loader`: some 50 training batches are enough (``itertools.islice(loader, 50)``).
 
     Args:
-        model: A model that an optimizer follows; of another one the weights are taken as they are.
-        loader: Batches: inputs, or lists or tuples that begin with them.
+        model: A model that an optimizer follows, or a part of it; of another one the weights are taken as they are.
+        loader: Training batches: inputs, or lists or tuples that begin with them.
         device: Where to move inputs to.
+
+    Raises:
+        TypeError: `loader` is None, as a trainer's may be before training.
     """
+    if loader is None:
+        raise TypeError("loader is None: pass batches of training data, from which BatchNorm gathers its statistics")
     hooks = unwrapped(model)._forward_pre_hooks.values()
     following = next((hook for hook in hooks if isinstance(hook, Following)), None)
     if following is None:
         update_bn(loader, model, device)
     else:
-        following.refresh_norms(loader, device)
+        following.refresh_norms(model, loader, device)

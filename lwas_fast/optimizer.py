@@ -92,6 +92,8 @@ class LayerwiseOptimizer(WithAverage):
         super().add_param_group(group)
         self._forget_layout()
         self._now.measured = None
+        if (model := self._model()) is not None:  # parts of it may be new
+            self.follow(model)
 
     def _subject(self) -> measure.Subject:
         due = [number for number, group in enumerate(self.param_groups) if rates.is_due(group)]
@@ -204,6 +206,8 @@ class LayerwiseOptimizer(WithAverage):
         scales = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         scaling = Scaling(*(scale if isinstance(scale, Tensor) else None for scale in scales))
         if self._now.measured is None:
+            if 0 < self._now.window.micro_batches < self._now.micro_batches:  # fewer than were waited for
+                self._now.micro_batches = self._now.window.micro_batches
             self._hear_outcome()
             self._warn_if_overdue()
         else:

@@ -52,7 +52,7 @@ def check(rule: Rule, groups: Groups, saved: dict[str, Any]) -> None:
         if len(mine["params"]) != len(theirs["params"]):
             return  # torch's own message is about to come
         if "layer_names" not in theirs:
-            raise ValueError(f"the saved state is not of a {rule.name}: its groups have no layers")
+            raise ValueError(f"the saved state is not of {rule.name}: its groups have no layers")
         if (version := theirs.get("state_version", 1)) > VERSION:
             raise ValueError(
                 f"the saved state is of version {version}, and this lwas_fast reads versions up to {VERSION}: "
@@ -74,7 +74,7 @@ def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], e
     buffers = rule.buffers({"schedule_free": False, **theirs})  # of a version that knew nothing else
     if missing := {"step", "layer", *buffers} - set(entry):
         what = sorted(missing)[0]
-        raise ValueError(f"the saved state of parameter {name} lacks {what!r}: it is not of a {rule.name}")
+        raise ValueError(f"the saved state of parameter {name} lacks {what!r}: it is not of {rule.name}")
     shapes = {buffer: tuple(param.shape) for buffer in buffers} | {"layer": (len(_columns_of(theirs)),)}
     for what, shape in shapes.items():
         if (found := tuple(entry[what].shape)) != shape:

@@ -44,6 +44,9 @@ class WithAverage(WithLayers):
         self._now.following = follow.Following(model, self, owner)
         self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
 
+    def _model(self) -> nn.Module | None:
+        return None if self._now.following is None else self._now.following.model()
+
     def unfollow(self) -> None:
         """Follow no module any more; its parameters hold what they hold (see `train`)."""
         if self._now.following is not None:
@@ -110,7 +113,10 @@ class WithAverage(WithLayers):
 
     def _check_training(self) -> None:
         self._place()
-        update.check_training(self.param_groups, self._now.following is not None)
+        model = self._model()
+        if model is not None and model.training and not self._now.following.trained:  # type: ignore[union-attr]
+            self._hold(training=True)  # evaluated between backward and step
+        update.check_training(self.param_groups, model is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; what is due next stands in the groups, so a measurement on its way is waited for.
@@ -143,17 +149,21 @@ class WithAverage(WithLayers):
         if self._now.following is not None:
             self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
             self._now.following.due = True
+            self._now.following.restored = True
             return
         for group, training in zip(self.param_groups, meant, strict=True):
             update.swap([group], self.state, self.rule, training)
 
-    def _place(self) -> None:
-        """Find out the same at last, before the weights are needed."""
+    def _place(self, at_last: bool = True) -> bool:
+        """Find out the same later, or `at_last`, before the weights are needed; whether it is known now."""
         unplaced, self._now.unplaced = self._now.unplaced, []
         for group, known in unplaced:
             training, average = update.holds(group, self.state, known)
             if training or average:
                 group["train_mode"] = training and not average
+                continue
+            if not at_last:
+                self._now.unplaced.append((group, known))
                 continue
             for param in group["params"]:
                 self._restart(param)
@@ -163,3 +173,4 @@ class WithAverage(WithLayers):
             )
         if unplaced and self._now.following is not None:
             self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
+        return not self._now.unplaced

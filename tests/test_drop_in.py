@@ -218,7 +218,7 @@ def test_the_effective_rate_is_in_the_groups(kind):
     assert opt.param_groups[0]["effective_lr"] == pytest.approx(0.5 * median, rel=1e-6)
     shown = opt.log()
     assert shown["measurements"] == 2
-    assert shown["rate/0"] == opt.diagnostics()["0"]["applied"]
+    assert shown["applied/0"] == opt.diagnostics()["0"]["applied"]
     assert all(isinstance(value, (int, float)) for value in shown.values())
 
 

@@ -7,6 +7,7 @@ resumed run that differs in a bit.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -661,3 +662,286 @@ def test_resume_through_distributed_checkpoint(kind, flatten):
     steps(again, resumed, data[STEPS:])
     assert same(weights(model), weights(resumed))
     assert opt.diagnostics() == again.diagnostics()
+
+
+@EACH
+@pytest.mark.parametrize("more", ["fewer micro-batches", "a stray backward"])
+def test_windows_may_become_shorter(kind, more):
+    model, opt = followed(kind, update_every=5)
+    data = batches(30, torch.float32)
+    if more == "a stray backward":
+        loss_of(model, data[0]).backward()
+        opt.zero_grad(set_to_none=False)
+    steps(opt, model, data[:6], parts=4 if more == "fewer micro-batches" else 1)
+    steps(opt, model, data)
+    assert all(row["refreshes"] >= 7 for row in opt.diagnostics().values())
+
+
+@EACH
+def test_the_next_optimizer_of_a_model_takes_over(kind):
+    model, first = followed(kind)
+    data = batches(2 * STEPS, torch.float32)
+    steps(first, model, data[:STEPS])
+    second = OPTIMIZERS[kind](model)
+    for batch in data[STEPS:]:
+        loss_of(model, batch).backward()
+        second.step()
+        second.zero_grad()
+    with second.averaged():
+        average = weights(model)
+    assert same(model.state_dict().values(), average)
+    del first
+    gc.collect()
+    model.eval()
+    with torch.no_grad():
+        model(data[0][0])
+    assert same(weights(model), average)
+    assert "train" in model.__dict__
+
+
+@EACH
+@pytest.mark.parametrize("how", ["plain", "default device", "list", "stack"])
+def test_a_scaler_is_recognised(kind, how):
+    rates = []
+    for scale in (None, 1024.0):
+        model, opt = followed(kind)
+        scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
+        loss = loss_of(model, batches(1, torch.float32)[0])
+        with torch.device("cpu") if how == "default device" else contextlib.nullcontext():
+            if how == "list":
+                loss = scaler.scale([loss])[0]
+            elif how == "stack":
+                loss = torch.stack([scaler.scale(loss / 2), scaler.scale(loss / 2)]).sum()
+            else:
+                loss = scaler.scale(loss)
+        loss.backward()
+        scaler.step(opt)
+        rates.append(torch.tensor(list(opt.rates().values())))
+    torch.testing.assert_close(*rates, rtol=1e-3, atol=0)
+
+
+@EACH
+def test_hooks_see_the_gradient_alone(kind):
+    """The second pass of a measurement brings other numbers: neither hooks nor retain_grad get to see these."""
+    seen: dict[bool, list] = {}
+    rates = {}
+    for hooked in (False, True):
+        model, opt = followed(kind)
+        x, y = batches(1, torch.float32)[0]
+        out = model(x)
+        found = seen[hooked] = []
+        if hooked:
+            out.retain_grad()
+            for tensor in (out, *model.parameters()):
+                tensor.register_hook(lambda grad, found=found: found.append(grad.detach().clone()))
+        F.cross_entropy(out, y).backward()
+        if hooked:
+            other = small_net(torch.float32)
+            plain = other(x)
+            plain.retain_grad()
+            F.cross_entropy(plain, y).backward()
+            torch.testing.assert_close(out.grad, plain.grad)
+            assert not out.grad.requires_grad
+        opt.step()
+        rates[hooked] = opt.rates()
+    assert len(seen[True]) == 1 + 6
+    assert rates[True] == rates[False]
+
+
+@EACH
+def test_the_mode_is_known_before_the_model_is_called(kind):
+    model, opt = followed(kind)
+    data = batches(STEPS, torch.float32)
+    steps(opt, model, data)
+    with opt.averaged():
+        average = weights(model)
+        expected = model(data[0][0]).detach()
+    model.eval()
+    assert same(weights(model), average)
+    assert same(weights(copy.deepcopy(model)), average)
+    torch.func.vmap(torch.func.grad(lambda row: model(row).sum()))(data[0][0])
+    exported = torch.export.export(model, (data[0][0],)).module()
+    torch.testing.assert_close(exported(data[0][0]), expected)
+    model.train()
+    assert opt._now.following.trained
+
+
+@EACH
+def test_parts_that_are_added_are_saved_with_their_average(kind):
+    model, opt = followed(kind)
+    data = batches(STEPS, torch.float32)
+    steps(opt, model, data)
+    model.append(nn.Linear(2, 2))
+    opt.add_param_group({"params": [(f"5.{name}", p) for name, p in model[5].named_parameters()]})
+    steps(opt, model, data)
+    with opt.averaged():
+        average = weights(model)
+    assert same(model.state_dict().values(), average)
+
+
+@EACH
+def test_an_interrupt_in_the_model_leaves_nothing_behind(kind):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.stops = small_net(torch.float32), True
+
+        def forward(self, x):
+            if self.stops:
+                raise KeyboardInterrupt
+            return self.net(x)
+
+    model, flash = Model(), torch.backends.cuda.flash_sdp_enabled()
+    opt = OPTIMIZERS[kind](model)
+    data = batches(3, torch.float32)
+    with pytest.raises(KeyboardInterrupt):
+        model(data[0][0])
+    model.stops = False
+    steps(opt, model, data)
+    assert torch.backends.cuda.flash_sdp_enabled() == flash
+    assert all(row["refreshes"] == 1 for row in opt.diagnostics().values())
+
+
+@EACH
+def test_weights_loaded_in_evaluation_mode_are_trained_from(kind):
+    model, opt = followed(kind)
+    data = batches(STEPS, torch.float32)
+    steps(opt, model, data)
+    other = small_net(torch.float32, seed=5).state_dict()
+    model.eval()(data[0][0])
+    model.load_state_dict(other)
+    model.train()(data[0][0])
+    assert same(weights(model), other.values())
+
+
+@EACH
+def test_a_load_that_fails_loses_nothing(kind):
+    model, opt = followed(kind)
+    steps(opt, model, batches(STEPS, torch.float32))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({"2.weight": torch.zeros(9, 9)}, strict=False)
+    assert same(model.state_dict().values(), before.values())
+    model.state_dict()["2.weight"].zero_()
+    assert same(model.state_dict().values(), before.values())
+
+
+@EACH
+def test_two_compiled_models_leave_compiling_on(kind):
+    models = [small_net(torch.float32), small_net(torch.float32, seed=1)]
+    compiled = [torch.compile(model, backend="aot_eager") for model in models]
+    opts = [OPTIMIZERS[kind](model, update_every=4) for model in compiled]
+    for batch in batches(9, torch.float32):
+        for model in compiled:
+            loss_of(model, batch).backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+    assert all(row["refreshes"] == 3 for opt in opts for row in opt.diagnostics().values())
+    for opt in opts:
+        opt.unfollow()
+    assert compiled[0](batch[0]).grad_fn.name() == "CompiledFunctionBackward"
+
+
+@EACH
+@pytest.mark.parametrize("what", ["criterion", "part"])
+def test_compiled_parts_and_losses(kind, what):
+    model = nn.Sequential(small_net(torch.float32))
+    criterion = F.cross_entropy
+    if what == "criterion":
+        criterion = torch.compile(lambda out, y: F.cross_entropy(out, y), backend="aot_eager", fullgraph=True)
+    else:
+        model[0].compile(backend="aot_eager")
+    opt = OPTIMIZERS[kind](model)
+    for x, y in batches(12, torch.float32):
+        criterion(model(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    assert all(row["refreshes"] == 2 for row in opt.diagnostics().values())
+
+
+@EACH
+def test_steps_without_the_model_leave_compiling_on(kind):
+    model, opt = followed(kind)
+    function = torch.compile(lambda x: x.sin(), backend="aot_eager")
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+    assert function(x).grad_fn.name() == "CompiledFunctionBackward"
+
+
+@EACH
+def test_a_watched_loss_shows_and_stores_as_any_other(kind):
+    model, opt = followed(kind)
+    x, y = batches(1, torch.float32)[0]
+    loss = F.cross_entropy(model(x), y)
+    value = loss.item()
+    assert f"{loss:.4f}" == f"{value:.4f}"
+    assert "Watched" not in f"{loss} {loss!r}"
+    file = io.BytesIO()
+    torch.save({"loss": loss}, file)
+    file.seek(0)
+    assert type(torch.load(file, weights_only=True)["loss"]) is Tensor
+    assert type(loss) is Watched
+    out = model(x)
+    opt.unfollow()
+    assert type(out) is type(loss) is Tensor
+
+
+@EACH
+def test_train_keeps_its_arguments(kind):
+    class Model(nn.Sequential):
+        def train(self, mode=True, freeze=False):
+            super().train(mode)
+            self.frozen = freeze
+            return self
+
+    model = Model(nn.Linear(3, 2))
+    opt = OPTIMIZERS[kind](model)
+    assert model.train(True, freeze=True) is model
+    assert model.frozen
+    del opt
+
+
+@EACH
+def test_evaluation_between_backward_and_step(kind):
+    data = batches(STEPS, torch.float32)
+    found = []
+    for evaluates in (True, False):
+        model, opt = followed(kind)
+        for batch in data:
+            loss_of(model, batch).backward()
+            if evaluates:
+                model.eval()
+                with torch.no_grad():
+                    model(batch[0])
+                    model.train()
+            opt.step()
+            opt.zero_grad()
+        found.append(torch.cat([p.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@EACH
+def test_outputs_are_found_in_objects(kind):
+    class Held:
+        __slots__ = ("inner",)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net(torch.float32)
+
+        def forward(self, x):
+            held = Held()
+            held.inner = torch.distributions.Independent(torch.distributions.Normal(self.net(x), 1.0), 1)
+            return held
+
+    model = Model()
+    opt = OPTIMIZERS[kind](model)
+    x, y = batches(1, torch.float32)[0]
+    (-model(x).inner.log_prob(F.one_hot(y, 2).float()).mean()).backward()
+    opt.step()
+    assert all(row["refreshes"] == 1 for row in opt.diagnostics().values())

@@ -14,6 +14,7 @@ from lwas_fast.measure.differences import Replay, by_differences
 from lwas_fast.measure.explain import explain
 from lwas_fast.measure.probes import Measurement, Subject, Window, make_probes
 from lwas_fast.measure.products import by_autograd, leaves_of, refuse_cut_graph
+from lwas_fast.measure.watch import unhooked
 from lwas_fast.parallel import ddp as parallel
 from lwas_fast.profiling import span
 
@@ -118,11 +119,14 @@ def _measure(
     elif any(p.grad is not None for p in layout.params):  # the step will take them along
         gradients = {p: _sum(p.grad, graph.get(p)) for p in layout.params if p.grad is not None or p in graph}
     if gradients is not graph:
-        own, of_gradients = graph, scale / count
+        of_gradients = scale / count
+        # Gradients that nobody counted: of the window, nothing is known but that this loss is a part of it.
+        own = graph if subject.window.micro_batches == 0 else None
     with span("curvature"):
         probes = make_probes(subject, gradients, of_gradients, scale, value, own)
         ours = [[graph.get(p) for p in probe.selection.params] for probe in probes]
-        products = by_autograd(probes, ours, subject.how["curvature"], isinstance(scale, Tensor), keep)
+        with unhooked(layout.params):
+            products = by_autograd(probes, ours, subject.how["curvature"], isinstance(scale, Tensor), keep)
     return Measurement(subject.due, probes, products, None if ddp is None else ddp.process_group)
 
 

@@ -7,16 +7,15 @@ graph. That changes their class and nothing else, no global state of torch among
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lwas_fast.measure.products import leaves_of
@@ -51,17 +50,35 @@ class Watched(Tensor):
         """Call torch on plain tensors; what it returns is watched too."""
         if func is Tensor.backward:
             return _backward(*args, **(kwargs or {}))
+        if func in _OF_PLAIN:  # what shows, copies or stores a tensor also tells its class
+            args[0].__class__ = Tensor
+            try:
+                return func(*args, **(kwargs or {}))
+            finally:
+                args[0].__class__ = cls
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-            scaler = _scaler_of(sys._getframe(1)) or next((a.scaler for a in args if type(a) is Watched), None)
+            scaler = _scaler_of(sys._getframe(1))
+            if scaler is None:
+                tensors = pytree.tree_leaves((args, kwargs))
+                scaler = next((t.scaler for t in tensors if type(t) is Watched and t.scaler is not None), None)
             for tensor in result if isinstance(result, (tuple, list)) else (result,):
                 _mark(tensor, scaler)
         return result
 
 
-def _scaler_of(caller: FrameType) -> Any:
+_OF_PLAIN = {Tensor.__format__, Tensor.__repr__, Tensor.__reduce_ex__, Tensor.__deepcopy__}
+
+
+def _scaler_of(caller: FrameType | None) -> Any:
     """The GradScaler whose ``scale`` is at work; nothing about the tensor that it returns would tell."""
-    return caller.f_locals["self"] if caller.f_code is torch.amp.GradScaler.scale.__code__ else None
+    for _ in range(6):  # a function of its own, and other modes of torch, may lie between
+        if caller is None:
+            return None
+        if caller.f_code is torch.amp.GradScaler.scale.__code__:
+            return caller.f_locals["self"]
+        caller = caller.f_back
+    return None
 
 
 def _mark(tensor: object, scaler: Any = None) -> None:
@@ -79,14 +96,14 @@ def _release(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _tensors(output: object) -> Iterator[object]:
-    """What a model returned, taken apart; of classes that torch does not know, their attributes."""
+def _tensors(output: object, levels: int = 3) -> Iterator[object]:
+    """What a model returned, taken apart; of objects that torch does not know, what their attributes hold."""
     for leaf in pytree.tree_leaves(output):
         yield leaf
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from pytree.tree_leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        elif not isinstance(leaf, (Tensor, type)) and hasattr(leaf, "__dict__"):
-            yield from pytree.tree_leaves(list(vars(leaf).values()))
+        if levels > 0 and not isinstance(leaf, (Tensor, nn.Module, type)):
+            slots = [getattr(leaf, name, None) for name in getattr(type(leaf), "__slots__", ())]
+            if held := [*getattr(leaf, "__dict__", {}).values(), *slots]:
+                yield from _tensors(held, levels - 1)
 
 
 def watch(watcher: Watcher, output: object) -> None:
@@ -97,9 +114,33 @@ def watch(watcher: Watcher, output: object) -> None:
         _mark(tensor)
 
 
-def unwatch(watcher: Watcher) -> None:
+@contextmanager
+def unhooked(params: Iterable[Tensor]) -> Iterator[None]:
+    """Run the second pass inside without the hooks on gradients of parameters and marked tensors: it brings others.
+
+    After it, ``.grad`` of a marked tensor that retains it is as before.
+    """
+    tensors = [*params, *(tensor for ref in _marked if (tensor := ref()) is not None)]
+    with torch._C.DisableTorchFunctionSubclass():
+        # Autograd holds these dictionaries, and calls what is in them.
+        hooked = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
+        retained = [(tensor, tensor.grad) for tensor in tensors if not tensor.is_leaf and tensor.retains_grad]
+        for hooks, _ in hooked:
+            hooks.clear()
+    try:
+        yield
+    finally:
+        with torch._C.DisableTorchFunctionSubclass():
+            for hooks, kept in hooked:
+                hooks.update(kept)
+            for tensor, gradient in retained:
+                tensor.grad = None if gradient is None else gradient.detach()
+
+
+def unwatch(watcher: Watcher | None) -> None:
     """Let a watcher go, and with the last one every mark."""
-    _waiting.discard(watcher)
+    if watcher is not None:
+        _waiting.discard(watcher)
     if not _waiting:
         for ref in _marked:
             if (tensor := ref()) is not None:
