@@ -136,7 +136,7 @@ def main() -> None:
         rows.append(found)
         good = good and all_taken
     if args.write:
-        start, end = "<!-- table: trainers -->", "<!-- end of table -->"
+        start, end = "<!-- trainers -->", "<!-- end of trainers -->"
         before, rest = PAGE.read_text().split(start)
         PAGE.write_text(before + start + "\n\n" + "\n".join(rows) + "\n\n" + end + rest.split(end)[1])
     sys.exit(not good)
