@@ -73,7 +73,8 @@ class _Kept:
     def restore(self) -> None:
         """Put all back."""
         for buffer, value in self._values.values():
-            if not torch.equal(buffer, value):  # others may be read-only, or expanded
+            # Read-only or expanded memory cannot be written. Only a CPU's is compared: a GPU would have to be waited for.
+            if (not buffer.is_cpu and 0 not in buffer.stride()) or not torch.equal(buffer, value):
                 buffer.data.copy_(value)  # .data: a graph elsewhere that saved it is as valid as before
         for module, name, buffer in self._names:
             if dict(module._buffers.items()).get(name) is not buffer:  # a scripted module's is no dictionary
