@@ -193,7 +193,8 @@ class Following:
         self._called = False  # in training mode, since the last step
         self._kernels = ExitStack()  # those that a call that is measured runs by
         train = root.__dict__["train"] = _Train(self._root, self._mode_set)
-        self.stop = weakref.finalize(optimizer, _stop, self._root, train, handles, weakref.ref(self), id(self), self._kernels)
+        ours = self._root, train, handles, weakref.ref(self), id(self), self._kernels
+        self.stop = weakref.finalize(optimizer, _stop, *ours)
 
     def __reduce__(self) -> Any:
         return (_Hook, (_nothing,))

@@ -73,7 +73,7 @@ class _Kept:
     def restore(self) -> None:
         """Put all back."""
         for buffer, value in self._values.values():
-            # Read-only or expanded memory cannot be written. Only a CPU's is compared: a GPU would have to be waited for.
+            # Read-only or expanded memory cannot be written. Nothing is compared on a GPU, which would be waited for.
             if (not buffer.is_cpu and 0 not in buffer.stride()) or not torch.equal(buffer, value):
                 buffer.data.copy_(value)  # .data: a graph elsewhere that saved it is as valid as before
         for module, name, buffer in self._names:
