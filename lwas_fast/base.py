@@ -41,7 +41,7 @@ class Now:
     micro_batches: int = 0
     measured: rates.Measured | None = None
     outcome: rates.Outcome | None = None
-    failure: Exception | None = None
+    failure: str | None = None
     patience: int = 1
     warned_of_layers: bool = False
     warned_of_lr: bool = False

@@ -52,6 +52,8 @@ def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """A model's parameters under the names that they have without wrappers."""
     found = []
     for name, param in unwrapped(model).named_parameters():
+        if not param.is_floating_point() and not param.requires_grad:  # quantised, and frozen
+            continue
         for part in _IN_NAMES:
             name = name.replace(part, "")
         found.append((name, param))
@@ -89,7 +91,7 @@ def _run_eagerly(who: int, on: bool) -> None:
 
 def _stop(
     root: weakref.ref[nn.Module],
-    train: _Train,
+    then: weakref.WeakMethod[Any],
     handles: list[Any],
     who: weakref.ref[Following],
     identity: int,
@@ -102,22 +104,26 @@ def _stop(
     _run_eagerly(identity, False)
     watch.unwatch(who())
     model = root()
-    if model is not None and model.__dict__.get("train") is train:
-        del model.__dict__["train"]
+    if model is not None and isinstance(train := model.__dict__.get("train"), _Train):
+        train.then = [ref for ref in train.then if ref is not then]
+        if not train.then:
+            del model.__dict__["train"]
 
 
 class _Train:
     """In front of a model's own ``train``: modes that are set here are known before the model is called."""
 
-    def __init__(self, root: weakref.ref[nn.Module], then: Any):
-        self._root, self._then = root, weakref.WeakMethod(then)
+    def __init__(self, root: weakref.ref[nn.Module]):
+        self._root = root
+        self.then: list[weakref.WeakMethod[Any]] = []  # one for each optimizer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model, then = self._root(), self._then()
+        model = self._root()
         assert model is not None  # who calls this has it
         found = type(model).train(model, *args, **kwargs)
-        if then is not None:
-            then(model.training)
+        for ref in self.then:
+            if (then := ref()) is not None:
+                then(model.training)
         return found
 
     def __reduce__(self) -> Any:
@@ -149,6 +155,7 @@ class Owner(NamedTuple):
         average_of: A parameter's average, in memory of its own; None if there is none.
         averaged: Hold the average inside.
         restart: Take a parameter's weights for iterate and average at once.
+        unfollow: Follow no model any more.
     """
 
     hold: weakref.WeakMethod[Callable[[bool], None]]
@@ -158,25 +165,28 @@ class Owner(NamedTuple):
     average_of: weakref.WeakMethod[Callable[[Tensor], Tensor | None]]
     averaged: weakref.WeakMethod[Callable[[], AbstractContextManager[None]]]
     restart: weakref.WeakMethod[Callable[[Tensor], None]]
+    unfollow: weakref.WeakMethod[Callable[[], None]]
 
 
 class Following:
     """One optimizer's hooks on one model.
 
     Attributes:
+        params: Those of the model that are the optimizer's.
         trained: Whether the model holds the weights to train on, not their average.
         due: Whether the next loss may have to be measured.
         pinned: Whether the model keeps the weights that it has, whatever its mode.
         restored: Whether the optimizer's state was loaded since its last step.
     """
 
-    def __init__(self, model: nn.Module, optimizer: object, owner: dict[str, Any]):
+    def __init__(self, model: nn.Module, params: set[Tensor], optimizer: object, owner: dict[str, Any]):
         root = unwrapped(model)
-        for earlier in [hook for hook in root._forward_pre_hooks.values() if isinstance(hook, Following)]:
-            earlier.give_up()
+        self.params: set[Tensor] = params & {param for _, param in named_parameters(root)}
+        for earlier in _followers(root):
+            if not earlier.params.isdisjoint(self.params):
+                earlier.give_up()
         self._root, self._owner = weakref.ref(root), Owner(**{k: weakref.WeakMethod(v) for k, v in owner.items()})
-        self._ddp = weakref.ref(model) if isinstance(model, DistributedDataParallel) else None
-        self._params = {param for _, param in named_parameters(root)}
+        self._given_model = weakref.ref(model)
         self._has_rnn = any(isinstance(part, nn.RNNBase) for part in root.modules())
         self._has_norms = any(isinstance(p, _BatchNorm) and p.track_running_stats for p in root.modules())
         self._norms_seen = self._stepped = self._inside = self.pinned = self.restored = False
@@ -190,26 +200,33 @@ class Following:
         compiled = [part for part in _layers_of(model) if _is_compiled(part)]
         handles += [part.register_forward_pre_hook(_Hook(self._before_compiled)) for part in compiled]
         self._compiled: bool | None = True if compiled else None  # not known
+        ddp = [part for part in _layers_of(model) if isinstance(part, DistributedDataParallel)]
+        self._ddp = weakref.ref(ddp[0]) if ddp else None
         self._called = False  # in training mode, since the last step
         self._kernels = ExitStack()  # those that a call that is measured runs by
-        train = root.__dict__["train"] = _Train(self._root, self._mode_set)
-        ours = self._root, train, handles, weakref.ref(self), id(self), self._kernels
+        if not isinstance(train := root.__dict__.get("train"), _Train):
+            train = root.__dict__["train"] = _Train(self._root)
+        then = weakref.WeakMethod(self._mode_set)
+        train.then.append(then)
+        ours = self._root, then, handles, weakref.ref(self), id(self), self._kernels
         self.stop = weakref.finalize(optimizer, _stop, *ours)
 
     def __reduce__(self) -> Any:
         return (_Hook, (_nothing,))
 
     def model(self) -> nn.Module | None:
-        """The model, while it lives."""
-        return self._root()
+        """The model as it was given, while that lives, or its inside."""
+        given = self._given_model()
+        return self._root() if given is None else given
 
     def give_up(self) -> None:
         """Make way for another optimizer: the weights to train on are what it starts from, and their own average."""
-        hold, restart = self._owner.hold(), self._owner.restart()
-        if hold is not None and restart is not None:
+        hold, restart, unfollow = self._owner.hold(), self._owner.restart(), self._owner.unfollow()
+        if hold is not None and restart is not None and unfollow is not None:
             hold(True)
-            for param in self._params:
+            for param in self.params:
                 restart(param)
+            unfollow()
         self.stop()
 
     def __call__(self, module: nn.Module, _: Any) -> None:
@@ -245,7 +262,9 @@ class Following:
         """After ``model.train()`` or ``model.eval()``, which is all that is to be seen of a compiled model."""
         self._leave()
         hold, place = self._owner.hold(), self._owner.place()
-        changes = training is not self.trained and (torch.is_grad_enabled() or not training)
+        # Without gradients statistics may be about to be gathered, of whatever weights there are; but nothing that
+        # follows would tell of a compiled model's call.
+        changes = training is not self.trained and (not training or torch.is_grad_enabled() or bool(self._compiled))
         if hold is not None and place is not None and changes and not self.pinned and place(False):
             hold(training)
             if not training:
@@ -282,11 +301,12 @@ class Following:
         self._inside = False
         self._kernels.close()
 
-    def refresh_norms(self, model: nn.Module, loader: Iterable[Any], device: torch.device | int | None) -> None:
-        """See `refresh_norms`."""
+    @contextmanager
+    def average_held(self) -> Iterator[None]:
+        """Hold the average in the model inside, for the statistics that are gathered there."""
         averaged = self._owner.averaged()
         with nullcontext() if averaged is None else averaged():
-            update_bn(loader, model, device)
+            yield
         self._norms_seen = True
 
     @contextmanager
@@ -303,7 +323,7 @@ class Following:
 
     def wants(self, leaves: set[Tensor]) -> bool:
         """See `watch.Watcher`."""
-        return not self._params.isdisjoint(leaves)
+        return not self.params.isdisjoint(leaves)
 
     def see(self, loss: Tensor, scaler: Any, keep: bool) -> bool:
         """See `watch.Watcher`."""
@@ -337,7 +357,9 @@ class Following:
             versions, given = self._given.get(id(param), (None, lambda: None))
             average = given()
             if average is None or versions != (param._version, average._version):
-                if (average := average_of(param)) is None:
+                with torch.inference_mode(False):  # whose tensors have no version
+                    average = average_of(param)
+                if average is None:
                     continue
                 self._given[id(param)] = (param._version, average._version), weakref.ref(average)
             saved[prefix + name] = average
@@ -378,9 +400,11 @@ def refresh_norms(model: nn.Module, loader: Iterable[Any], device: torch.device 
     """
     if loader is None:
         raise TypeError("loader is None: pass batches of training data, from which BatchNorm gathers its statistics")
-    hooks = unwrapped(model)._forward_pre_hooks.values()
-    following = next((hook for hook in hooks if isinstance(hook, Following)), None)
-    if following is None:
+    with ExitStack() as held:
+        for following in _followers(unwrapped(model)):
+            held.enter_context(following.average_held())
         update_bn(loader, model, device)
-    else:
-        following.refresh_norms(model, loader, device)
+
+
+def _followers(module: nn.Module) -> list[Following]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Following)]

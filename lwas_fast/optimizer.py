@@ -92,7 +92,7 @@ class LayerwiseOptimizer(WithAverage):
         super().add_param_group(group)
         self._forget_layout()
         self._now.measured = None
-        if (model := self._model()) is not None:  # parts of it may be new
+        if self._now.following is not None and (model := self._now.following.model()) is not None:  # parts may be new
             self.follow(model)
 
     def _subject(self) -> measure.Subject:
@@ -172,7 +172,7 @@ class LayerwiseOptimizer(WithAverage):
     def _say(self, failure: Exception) -> None:
         if self._now.failure is None:
             warn(f"{type(self).__name__} could not measure the curvature, and goes on at present rates: {failure}")
-        self._now.failure = failure
+        self._now.failure = str(failure)  # the exception would hold the graph
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, as in torch, and whatever `backward` measured on them."""

@@ -19,6 +19,7 @@ from lwas_fast.options import RANGES, REMOVED
 from lwas_fast.rule import Rule
 from lwas_fast.selection import state_dtype
 from lwas_fast.table import Column
+from lwas_fast.update import ROUNDED
 
 VERSION = 2
 COLUMNS = [column.name.lower() for column in Column]
@@ -94,7 +95,7 @@ def fit(groups: Groups, state: MutableMapping[Tensor, dict[str, Any]], saved: di
         for param, key in zip(group["params"], old["params"], strict=True):
             for name, value in saved["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
-                    dtype = value.dtype if name in ("step", "layer") else state_dtype(param)
+                    dtype = value.dtype if name in ("step", "layer", *ROUNDED) else state_dtype(param)
                     value = value.detach().to(device=param.device, dtype=dtype, copy=True)
                 state[param][name] = value
 

@@ -41,11 +41,16 @@ class WithAverage(WithLayers):
         self.unfollow()
         owner = {"hold": self._hold, "place": self._place, "due": self._due, "see": self._see}
         owner |= {"average_of": self._average_of, "averaged": self.averaged, "restart": self._restart}
-        self._now.following = follow.Following(model, self, owner)
+        owner |= {"unfollow": self.unfollow}
+        self._now.following = follow.Following(model, mine, self, owner)
         self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
 
     def _model(self) -> nn.Module | None:
-        return None if self._now.following is None else self._now.following.model()
+        return (
+            None
+            if (following := self._now.following) is None or (model := following.model()) is None
+            else follow.unwrapped(model)
+        )
 
     def unfollow(self) -> None:
         """Follow no module any more; its parameters hold what they hold (see `train`)."""
@@ -108,8 +113,10 @@ class WithAverage(WithLayers):
 
     def _restart(self, param: Tensor) -> None:
         """Take a parameter's weights, which were just loaded, for iterate and average at once."""
-        if (offset := self.state.get(param, {}).get("offset")) is not None:
-            offset.zero_()
+        if (of_param := self.state.get(param, {})).get("offset") is not None:
+            of_param["offset"].zero_()
+            for name in update.ROUNDED:
+                of_param.pop(name, None)
 
     def _check_training(self) -> None:
         self._place()
@@ -126,11 +133,13 @@ class WithAverage(WithLayers):
         """
         self._hear_outcome()
         self._place()
-        if self._now.following is not None:
-            update.settle(self.param_groups, self.state, self.rule)
         self._layout.attach()
         saved = super().state_dict()
         for group, mine in zip(saved["param_groups"], self.param_groups, strict=True):
+            if self._now.following is not None:
+                for key, param in zip(group["params"], mine["params"], strict=True):
+                    if key in saved["state"]:
+                        saved["state"][key] = update.with_rounded(self.rule, mine, saved["state"][key], param)
             if any("offset" in self.state.get(param, {}) for param in mine["params"]):
                 group["samples"] = update.samples(self.rule, mine, self.state)
             group["train_mode"] = mine["train_mode"] and self._now.following is None

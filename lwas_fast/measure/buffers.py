@@ -73,8 +73,10 @@ class _Kept:
     def restore(self) -> None:
         """Put all back."""
         for buffer, value in self._values.values():
-            # Read-only or expanded memory cannot be written. Nothing is compared on a GPU, which would be waited for.
-            if (not buffer.is_cpu and 0 not in buffer.stride()) or not torch.equal(buffer, value):
+            if 0 in buffer.stride():  # expanded: nobody can have written to it
+                continue
+            # Nor to read-only memory, which a CPU's may be; on a GPU to compare would wait for it.
+            if not (buffer.is_cpu and torch.equal(buffer, value)):
                 buffer.data.copy_(value)  # .data: a graph elsewhere that saved it is as valid as before
         for module, name, buffer in self._names:
             if dict(module._buffers.items()).get(name) is not buffer:  # a scripted module's is no dictionary

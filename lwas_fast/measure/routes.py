@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lwas_fast.errors import CurvatureError
 from lwas_fast.layers import check_dense
 from lwas_fast.measure.differences import Replay, by_differences
 from lwas_fast.measure.explain import explain
@@ -106,8 +107,12 @@ def _measure(
     scale: Tensor | float,
     ddp: DistributedDataParallel | None,
     keep: bool = False,
+    handed_over: list[bool] | None = None,
 ) -> Measurement:
-    """Measure on gradients with their graph, which this releases unless told to `keep` it."""
+    """Measure on gradients with their graph, which this releases unless told to `keep` it.
+
+    To `handed_over` something is added when DDP has taken the gradients, for what comes after may fail.
+    """
     layout, count = subject.layout, subject.window.micro_batches + 1
     refuse_cut_graph(graph.values())
     check_dense(layout.groups, graph.get)
@@ -115,6 +120,8 @@ def _measure(
     if ddp is not None:
         # Directions must be equal on all replicas: they are those of the averaged gradient, of the whole window.
         parallel.accumulate(graph)
+        if handed_over is not None:
+            handed_over.append(True)
         gradients = {p: p.grad for p in layout.params if p.grad is not None}  # perhaps from other replicas alone
     elif any(p.grad is not None for p in layout.params):  # the step will take them along
         gradients = {p: _sum(p.grad, graph.get(p)) for p in layout.params if p.grad is not None or p in graph}
@@ -155,7 +162,7 @@ def _autograd(
     return found
 
 
-class Watched(NamedTuple):
+class Passing(NamedTuple):
     """What came of measuring in passing, at a ``loss.backward()`` that is not ours.
 
     Attributes:
@@ -169,7 +176,7 @@ class Watched(NamedTuple):
 
 def in_passing(
     now: Callable[[], Subject], loss: Tensor, scaler: Any, ddp: DistributedDataParallel | None, keep: bool
-) -> Watched:
+) -> Passing:
     """Measure a loss that somebody is about to call ``backward()`` on; whatever fails, that can go on.
 
     Args:
@@ -180,19 +187,26 @@ def in_passing(
         keep: Leave graph and gradients alone; else gradients are accumulated here, which spares another pass.
     """
     graph: dict[Tensor, Tensor] = {}
+    handed_over: list[bool] = []
     try:
         parallel.check(ddp)
+        if ddp is not None and keep:
+            raise CurvatureError(
+                "under DistributedDataParallel a loss whose graph is kept (retain_graph=True, or a second optimizer on "
+                "it) cannot be measured: keep it not, or use one optimizer with two groups"
+            )
         subject = now()
         graph = _differentiate(loss)
         scale = _scale(loss, scaler, subject.window)
         value = loss.detach() if scaler is None else loss.detach() * (scale / (subject.window.micro_batches + 1))
-        found: Measurement | Exception = _measure(subject, graph, value, scale, ddp, keep)
+        found: Measurement | Exception = _measure(subject, graph, value, scale, ddp, keep, handed_over)
     except Exception as error:  # out of memory, say: the user's backward is not to fail for our sake
-        found = explain(error) or error if isinstance(error, RuntimeError) else error
-    accumulated = bool(graph) and not keep
+        found = (explain(error) if isinstance(error, RuntimeError) else None) or error
+        error.__traceback__ = error.__context__ = error.__cause__ = None  # which hold the graph
+    accumulated = bool(graph if ddp is None else handed_over) and not keep
     if accumulated and ddp is None:
         _accumulate(graph)
-    return Watched(found, accumulated)
+    return Passing(found, accumulated)
 
 
 def _differences_of(

@@ -49,7 +49,7 @@ class Measured(NamedTuple):
 
     due: list[int]
     parts: list[Part]
-    gradients: list[tuple[Tensor, Tensor, int]]
+    gradients: list[tuple[Tensor, Tensor | None, int]]
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def refreshed(measurement: Measurement, groups: Groups, plans: launch.Plans) -> 
     with span("rates"):
         sums, rows = _found(measurement, [groups[probe.bucket.group] for probe in probes], plans)
     params = [param for probe in probes for param in probe.selection.params]
-    gradients = [(param, param.grad, param.grad._version) for param in params if param.grad is not None]
+    gradients = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in params]
     bare = [replace(probe, vectors=Vectors(None, [])) for probe in probes]  # those need not wait for the step
     return Measured(measurement.due, [Part(*part) for part in zip(bare, sums, rows, strict=True)], gradients)
 
@@ -71,7 +71,10 @@ def of_this_step(measured: Measured, layout: Layout, rule: Rule, scaling: Scalin
     A gradient that is clipped after it was measured gives another direction: of Adam's, for clipped gradients are what
     its second moments know. Shorter by a factor in one layer, it asks for a rate that is longer by that factor.
     """
-    untouched = all(param.grad is grad and grad._version == version for param, grad, version in measured.gradients)
+    untouched = all(
+        grad is not None and param.grad is grad and grad._version == version
+        for param, grad, version in measured.gradients
+    )
     if not rule.normalizes or untouched:
         return measured
     changed = []

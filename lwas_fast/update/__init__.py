@@ -4,11 +4,12 @@
 `extension.py`) take the step; `average.py` keeps the schedule-free average.
 """
 
-from lwas_fast.update.average import average_of, averaged, check_training, holds, samples, settle, swap
+from lwas_fast.update.average import ROUNDED, average_of, averaged, check_training, holds, samples, swap, with_rounded
 from lwas_fast.update.extension import check_fused
 from lwas_fast.update.step import prepare, run
 
 __all__ = [
+    "ROUNDED",
     "average_of",
     "averaged",
     "check_fused",
@@ -17,6 +18,6 @@ __all__ = [
     "prepare",
     "run",
     "samples",
-    "settle",
     "swap",
+    "with_rounded",
 ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -58,12 +59,53 @@ def check_state(layout: Layout, rule: Rule, group: dict[str, Any], param: Tensor
 def swap(groups: Groups, state: State, rule: Rule, training: bool) -> None:
     """Put the weights to train on, or their average, into the parameters of schedule-free groups.
 
-    They hold one of the two already; each group's ``train_mode`` says which.
+    They hold one of the two already; each group's ``train_mode`` says which. The weights to train on come back to the
+    last bit: the state has those that rounding would lose meanwhile (see `rounded`).
     """
     for group in groups:
         if group["train_mode"] != training:
-            _shift(group, state, (1 if training else -1) * _distance(rule, group))
+            for param in group["params"]:
+                if "offset" not in (of_param := state.get(param, {})):
+                    continue
+                if training:
+                    param.copy_(_trained(rule, group, of_param, param))
+                    for name in ROUNDED:
+                        of_param.pop(name, None)
+                else:
+                    average = _moved(param, of_param["offset"], -_distance(rule, group))
+                    of_param |= rounded(rule, group, of_param, param, average)
+                    param.copy_(average)
         group["train_mode"] = training
+
+
+def _moved(param: Tensor, offset: Tensor, by: float) -> Tensor:
+    """A parameter moved by so much of its iterate minus average, in memory of its own."""
+    return param.detach().to(offset.dtype).add(offset, alpha=by).to(param.dtype)
+
+
+def _trained(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], average: Tensor) -> Tensor:
+    """The weights to train on, from their average and what rounding loses of them."""
+    weights = _moved(average, of_param["offset"], _distance(rule, group))
+    if ROUNDED[0] not in of_param:
+        return weights
+    index, values = (of_param[name] for name in ROUNDED)
+    return weights.reshape(-1).index_copy(0, index.to(weights.device), values.to(weights)).view(weights.shape)
+
+
+# Names in a parameter's state: indices (K,) int64, and values (K,) of the parameter's dtype.
+ROUNDED = ("rounded_at", "rounded_to")
+
+
+def rounded(
+    rule: Rule, group: dict[str, Any], of_param: dict[str, Any], param: Tensor, average: Tensor
+) -> dict[str, Tensor]:
+    """Which weights to train on do not come back from their average, and what they are; empty if all come back.
+
+    Few: those where numbers of the average's size lie further apart.
+    """
+    differ = (_moved(average, of_param["offset"], _distance(rule, group)) != param).reshape(-1)
+    index = differ.nonzero().squeeze(1)
+    return dict(zip(ROUNDED, (index, param.detach().reshape(-1)[index]), strict=True)) if len(index) > 0 else {}
 
 
 @torch.no_grad()
@@ -84,26 +126,16 @@ def follow(layout: Layout, rule: Rule, moving: set[int]) -> None:
 def average_of(rule: Rule, group: dict[str, Any], state: State, param: Tensor) -> Tensor | None:
     """The average of a parameter that holds the weights to train on, in memory of its own; None if that is the same."""
     offset = state.get(param, {}).get("offset")
-    if offset is None:
-        return None
-    average = param.to(offset.dtype).add(offset, alpha=-_distance(rule, group)).to(param.dtype)
-    return average.requires_grad_(False)
+    return None if offset is None else _moved(param, offset, -_distance(rule, group))
 
 
 @torch.no_grad()
-def settle(groups: Groups, state: State, rule: Rule) -> None:
-    """Round the weights to train on to what their average and the offset, as a checkpoint has them, make of them.
-
-    That moves a weight by its last digit at most, and a second time not at all. So a run that was saved goes on from
-    the very weights that the one restored from it starts with.
-    """
-    for group in groups:
-        for param in group["params"] if group["train_mode"] else ():
-            average = average_of(rule, group, state, param)
-            if average is not None:
-                offset = state[param]["offset"]
-                back = average.to(offset.dtype).add_(offset, alpha=_distance(rule, group))
-                param.data.copy_(back)  # .data: a graph that saved it is as valid as before
+def with_rounded(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """A state as a checkpoint has it beside the average: with what rounding loses of the weights to train on."""
+    if not group["train_mode"] or "offset" not in of_param:
+        return of_param
+    average = _moved(param, of_param["offset"], -_distance(rule, group))
+    return {**of_param, **rounded(rule, group, of_param, param, average)}
 
 
 SAMPLES = 32
@@ -116,15 +148,19 @@ def _sampled(group: dict[str, Any], state: State) -> list[tuple[Tensor, int]]:
     return [((p := there[i * len(there) // count]), i * 7919 % p.numel()) for i in range(count)]
 
 
+def _element(tensor: Tensor, i: int) -> Tensor:
+    """The i-th element in the order of indices, without copying the tensor."""
+    return tensor[tuple(int(k) for k in np.unravel_index(i, tensor.shape))] if tensor.dim() else tensor
+
+
 @torch.no_grad()
 def samples(rule: Rule, group: dict[str, Any], state: State) -> list[list[float]]:
     """A few of a group's weights to train on, each with its average: by these a checkpoint's parts know each other."""
     distance, found = _distance(rule, group), []
     for param, i in _sampled(group, state):
-        weight, offset = param.reshape(-1)[i], state[param]["offset"].reshape(-1)[i]
-        other = weight.to(offset.dtype).add(offset, alpha=-distance if group["train_mode"] else distance)
-        pair = torch.stack([weight.double(), other.to(weight.dtype).double()])
-        found.append(pair if group["train_mode"] else pair.flip(0))
+        weight, offset = _element(param, i), _element(state[param]["offset"], i)
+        pair = torch.stack([weight, _moved(weight, offset, -distance if group["train_mode"] else distance)])
+        found.append((pair if group["train_mode"] else pair.flip(0)).cpu().double())
     return torch.stack(found).tolist() if found else []
 
 
@@ -134,7 +170,7 @@ def holds(group: dict[str, Any], state: State, known: list[list[float]]) -> tupl
     places = _sampled(group, state)
     if len(places) != len(known):
         return False, False
-    mine = torch.stack([param.reshape(-1)[i].double().cpu() for param, i in places])
+    mine = torch.stack([_element(param, i).detach().cpu().double() for param, i in places])
     eps = torch.tensor([2 * torch.finfo(param.dtype).eps for param, _ in places], dtype=torch.float64)
     both = torch.tensor(known, dtype=torch.float64).unbind(1)
     first, second = (bool(((mine - other).abs() <= eps * other.abs() + 1e-30).all()) for other in both)
@@ -150,7 +186,7 @@ def _shift(group: dict[str, Any], state: State, by: float) -> None:
     """Move parameters by so much of iterate minus average."""
     for param in group["params"]:
         if "offset" in (of_param := state.get(param, {})):
-            param.copy_(param.to(of_param["offset"].dtype).add(of_param["offset"], alpha=by))
+            param.copy_(_moved(param, of_param["offset"], by))
 
 
 def averaged(model: nn.Module, share: float = 0.05) -> AveragedModel:

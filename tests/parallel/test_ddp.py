@@ -6,6 +6,7 @@ Catches: replicas that drift apart or differ from one process on the joint batch
 from __future__ import annotations
 
 import traceback
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -57,6 +58,50 @@ def followed(made_with: str, rank: int):
         opt.step()
         opt.zero_grad()
     return {name: p.detach() for name, p in model.named_parameters()}, opt.rates()
+
+
+def hooked(rank: int):
+    """What cannot be measured leaves the user's gradients as they are; so does a graph that is kept."""
+    found = []
+    for case in ("hook", "kept", "none"):
+        model = small_net()
+        parallel = DistributedDataParallel(model)
+        if case == "hook":
+            model[0].weight.register_hook(lambda grad: grad * 1.0)
+        opt = AdamWLW(model)
+        x, y = batches(1)[0]
+        half = slice(8 * rank, 8 * rank + 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss_of(parallel, (x[half], y[half])).backward(retain_graph=case == "kept")
+        found.append([p.grad.clone() for p in model.parameters()])
+        opt.step()
+        opt.zero_grad()
+        loss_of(parallel, (x[half], y[half])).backward()
+        opt.step()
+        found.append([row["refreshes"] for row in opt.diagnostics().values()])
+    return found
+
+
+def alone(rank: int):
+    """Evaluation and saving on one rank alone."""
+    model = small_net(torch.bfloat16)
+    opt = AdamWLW(model)
+    parallel = DistributedDataParallel(model)
+    for k, (x, y) in enumerate(batches(12, torch.bfloat16)):
+        half = slice(8 * rank, 8 * rank + 8)
+        loss_of(parallel, (x[half], y[half])).backward()
+        opt.step()
+        opt.zero_grad()
+        if rank == 0 and k % 3 == 2:
+            model.eval()
+            with torch.no_grad():
+                model(x)
+            model.train()
+            opt.state_dict()
+            opt.state_dict()
+    parallel(x)
+    return [p.detach().clone() for p in model.parameters()]
 
 
 def scaled(rank: int):
@@ -138,7 +183,7 @@ def refusals(rank: int):
 WAYS = ["closure", "closure, bucket views", "autograd", "autograd, bucket views"]
 SCENARIOS = {how: partial(replica, how) for how in (*WAYS, "accumulated")}
 FOLLOWED = {f"followed, {made_with}": partial(followed, made_with) for made_with in ("model", "wrapper")}
-SCENARIOS |= FOLLOWED | {"branches": branches, "refusals": refusals, "scaled": scaled}
+SCENARIOS |= FOLLOWED | {"hooked": hooked, "alone": alone, "branches": branches, "refusals": refusals, "scaled": scaled}
 
 
 def _run(rank: int, folder: str) -> None:
@@ -185,6 +230,19 @@ def test_two_replicas_equal_one_process_on_the_joint_batch(of_both, how):
         torch.testing.assert_close(one[name], value, rtol=1e-6, atol=1e-8)
     for name, rate in opt.rates().items():
         assert rates[name] == pytest.approx(rate, rel=1e-5)
+
+
+def test_what_cannot_be_measured_leaves_gradients_as_they_are(of_both):
+    for of_hook, first, of_kept, second, plain, measured in of_both("hooked"):
+        for gradients in (of_hook, of_kept):
+            torch.testing.assert_close(gradients, plain)
+        assert first == [0, 0, 0]
+        assert second == measured == [1, 1, 1]
+
+
+def test_evaluation_and_saving_on_one_rank_change_nothing(of_both):
+    one, two = of_both("alone")
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_replicas_that_accumulate_stay_alike(of_both):
