@@ -66,6 +66,7 @@ lint: $(READY)
 	$(CLANG_FORMAT) --dry-run --Werror $(CSRC) $(wildcard tests/update/fuzz/* tests/update/emulator/*)
 
 trainers: $(VENV)/trainers-ready
+	$(PY) -m pytest -q -p no:benchmark tests/test_integrations.py
 	$(PY) -m examples.trainers $(ARGS)
 
 docs: $(VENV)/docs-ready

@@ -6,7 +6,6 @@ alone; calls further inside cost nothing. A copied or pickled model is followed 
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,43 +20,9 @@ from torch.optim.swa_utils import update_bn
 
 from lwas_fast.measure import watch
 from lwas_fast.says import warn
+from lwas_fast.wrappers import is_compiled, layers_of, named_parameters, run_eagerly, runs_eagerly, unwrapped
 
 DEPTH = 2  # levels of parts that are taken for ones that may be called alone
-_IN_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def _layers_of(model: nn.Module) -> list[nn.Module]:
-    """A module, what it is wrapped around, and so on, down to the user's own."""
-    found = [model]
-    while True:
-        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif _is_compiled(model):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return found
-        found.append(model)
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return "_orig_mod" in model._modules  # by torch.compile, whose class would have to be imported, which is slow
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module, inside what torch wraps around it."""
-    return _layers_of(model)[-1]
-
-
-def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """A model's parameters under the names that they have without wrappers."""
-    found = []
-    for name, param in unwrapped(model).named_parameters():
-        if not param.is_floating_point() and not param.requires_grad:  # quantised, and frozen
-            continue
-        for part in _IN_NAMES:
-            name = name.replace(part, "")
-        found.append((name, param))
-    return found
 
 
 def _entries(module: nn.Module, depth: int) -> Iterator[nn.Module]:
@@ -72,23 +37,6 @@ def _nothing(*_: object) -> None:
     pass
 
 
-# Those who want compiled models to run as they are: torch has one stance for all, to be put back by the last.
-_eager: set[int] = set()
-_stance = ExitStack()
-
-
-def _run_eagerly(who: int, on: bool) -> None:
-    """Have compiled code run as it is, hooks and second derivatives included, while anybody wants that."""
-    if on and not _eager and "torch._dynamo" in sys.modules:
-        _stance.push(torch.compiler.set_stance("force_eager"))
-    if on and (_eager or "torch._dynamo" in sys.modules):
-        _eager.add(who)
-    elif not on and who in _eager:
-        _eager.remove(who)
-        if not _eager:
-            _stance.close()
-
-
 def _stop(
     root: weakref.ref[nn.Module],
     then: weakref.WeakMethod[Any],
@@ -101,7 +49,7 @@ def _stop(
     for handle in handles:
         handle.remove()
     kernels.close()
-    _run_eagerly(identity, False)
+    run_eagerly(identity, False)
     watch.unwatch(who())
     model = root()
     if model is not None and isinstance(train := model.__dict__.get("train"), _Train):
@@ -197,10 +145,10 @@ class Following:
             if part._parameters:
                 handles.append(part.register_state_dict_post_hook(_Hook(self._saved)))  # type: ignore[no-untyped-call]
                 handles.append(part.register_load_state_dict_pre_hook(_Hook(self._loads)))  # type: ignore[no-untyped-call]
-        compiled = [part for part in _layers_of(model) if _is_compiled(part)]
+        compiled = [part for part in layers_of(model) if is_compiled(part)]
         handles += [part.register_forward_pre_hook(_Hook(self._before_compiled)) for part in compiled]
         self._compiled: bool | None = True if compiled else None  # not known
-        ddp = [part for part in _layers_of(model) if isinstance(part, DistributedDataParallel)]
+        ddp = [part for part in layers_of(model) if isinstance(part, DistributedDataParallel)]
         self._ddp = weakref.ref(ddp[0]) if ddp else None
         self._called = False  # in training mode, since the last step
         self._kernels = ExitStack()  # those that a call that is measured runs by
@@ -246,7 +194,7 @@ class Following:
         place(True)
         self._called = self._called or training
         if not training:
-            _run_eagerly(id(self), False)
+            run_eagerly(id(self), False)
             if self.trained:
                 hold(False)
                 self._warn_of_norms()
@@ -269,12 +217,12 @@ class Following:
             hold(training)
             if not training:
                 self._warn_of_norms()
-        _run_eagerly(id(self), training and self.due and bool(self._compiled))
+        run_eagerly(id(self), training and self.due and bool(self._compiled))
 
     def _before_compiled(self, *_: object) -> None:
         root, due = self._root(), self._owner.due()
         if root is not None and root.training and self.due and torch.is_grad_enabled():
-            _run_eagerly(id(self), due is not None and due())
+            run_eagerly(id(self), due is not None and due())
 
     def _open(self, module: nn.Module) -> None:
         """Have the loss that is made from this call's output measured."""
@@ -287,7 +235,7 @@ class Following:
         if wrapper is not None:
             self._ddp = weakref.ref(wrapper)
         self._inside = True
-        _run_eagerly(id(self), True)  # parts of it, and the loss, may be compiled
+        run_eagerly(id(self), True)  # parts of it, and the loss, may be compiled
         self._kernels.enter_context(self.differentiable())
 
         def done(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -339,8 +287,8 @@ class Following:
             self._leave()  # an interrupt may have kept it from leaving
             watch.unwatch(self)
             if not self._called:  # nobody told us that it is compiled, but no hook was called; unless that was no help
-                self._compiled = True if self._compiled is None else self._compiled and id(self) not in _eager
-        _run_eagerly(id(self), due and bool(self._compiled))
+                self._compiled = True if self._compiled is None else self._compiled and not runs_eagerly(id(self))
+        run_eagerly(id(self), due and bool(self._compiled))
         self._called = self.restored = self._norms_seen = False
         self.due, self._stepped = due or unheard, True
 

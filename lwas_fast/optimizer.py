@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lwas_fast import follow, groups, measure, options, rates, state, update
+from lwas_fast import groups, measure, options, rates, state, update, wrappers
 from lwas_fast.base import Now
 from lwas_fast.layers import Grouping
 from lwas_fast.rule import Scaling
@@ -57,7 +57,7 @@ class LayerwiseOptimizer(WithAverage):
         chosen: dict[str, Any] = {**own, **options.DEFAULTS, **common}
         model = params if isinstance(params, nn.Module) else None
         if model is not None:
-            params, chosen["weight_decay_on"] = follow.named_parameters(model), "matrices"
+            params, chosen["weight_decay_on"] = wrappers.named_parameters(model), "matrices"
             chosen |= common
         options.check(chosen)
         self._how = {name: chosen.pop(name) for name in options.WHOLE}

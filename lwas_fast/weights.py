@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lwas_fast import follow, update
+from lwas_fast import follow, update, wrappers
 from lwas_fast.base import WithLayers
 from lwas_fast.says import warn
 
@@ -36,7 +36,7 @@ class WithAverage(WithLayers):
             ValueError: It has none of the parameters.
         """
         mine = {param for group in self.param_groups for param in group["params"]}
-        if mine.isdisjoint(param for _, param in follow.named_parameters(model)):
+        if mine.isdisjoint(param for _, param in wrappers.named_parameters(model)):
             raise ValueError(f"follow({type(model).__name__}): this optimizer has none of the module's parameters")
         self.unfollow()
         owner = {"hold": self._hold, "place": self._place, "due": self._due, "see": self._see}
@@ -49,7 +49,7 @@ class WithAverage(WithLayers):
         return (
             None
             if (following := self._now.following) is None or (model := following.model()) is None
-            else follow.unwrapped(model)
+            else wrappers.unwrapped(model)
         )
 
     def unfollow(self) -> None:

@@ -16,9 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "trainers.md"
@@ -35,7 +33,6 @@ SCRIPTS = {
     "peft_lora": "peft: LoRA on BERT",
     "finetune": "fine-tuning a small CNN on 200 images",
 }
-LIBRARIES: list[Any] = []  # what torch forgets with its library
 OURS = re.compile(r"\bAdamWLW\((\w+)\)")
 
 
@@ -49,6 +46,7 @@ def run_here(name: str, rate: str | None) -> None:
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+    from examples.trainers.torchvision import declare_torchvision
     from lwas_fast.optimizer import LayerwiseOptimizer
 
     declare_torchvision()
@@ -72,23 +70,6 @@ def run_here(name: str, rate: str | None) -> None:
         exec(compile(text, f"{name}.py", "exec"), {"__name__": "__main__"})
     loss = re.findall(r"^loss ([\d.]+)", shown.getvalue(), re.MULTILINE)[-1]
     print(json.dumps({"loss": float(loss), "due": sum(due), "taken": sum(taken)}))
-
-
-def declare_torchvision() -> None:
-    """Let torchvision be imported where its operators, of which none is used here, do not load.
-
-    Package registries have it built for CUDA, which does not fit a torch built for the CPU.
-    """
-    import torch
-
-    found = find_spec("torchvision")
-    if found is None or found.submodule_search_locations is None or torch.cuda.is_available():
-        return
-    text = (Path(found.submodule_search_locations[0]) / "_meta_registrations.py").read_text()
-    for operator in set(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"', text)):
-        with contextlib.suppress(RuntimeError):  # it is there
-            LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
-            LIBRARIES[-1].define(f"{operator}(Tensor x) -> Tensor")
 
 
 def run(name: str, rate: str | None = None) -> dict[str, float]:

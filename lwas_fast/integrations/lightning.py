@@ -24,7 +24,7 @@ class LogRates(Callback):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """After a batch, if it ended with a step that is to be shown."""
         step = trainer.global_step
-        if step % self.every != 0 or step == self._logged:
+        if step == 0 or step % self.every != 0 or step == self._logged:
             return
         self._logged = step
         for logger in trainer.loggers:

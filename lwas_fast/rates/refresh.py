@@ -6,6 +6,7 @@ travel, not the Hessian-vector products.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -99,13 +100,13 @@ class Outcome:
         self._events: list[Any] = []
         self._skipped = None if found_inf is None else self._sent(found_inf.reshape(1) != 0)
         self._parts: list[tuple[Bucket, Selection, Tensor]] = []
-        self._medians: list[tuple[dict[str, Any], Tensor]] = []
+        self._medians: list[tuple[int, Tensor]] = []
         for probe, _, rows in measured.parts:
             bucket, selection = probe.bucket, probe.selection
             lost = rows[:, Column.REFRESHES] == bucket.table[selection.rows][:, Column.REFRESHES]
             self._parts.append((bucket, selection, self._sent(lost & (selection.elements > 0))))
             rate = current(rows, groups[bucket.group]["warmup_rate"]).median()
-            self._medians.append((groups[bucket.group], self._sent(rate)))
+            self._medians.append((bucket.group, self._sent(rate)))
 
     def _sent(self, values: Tensor) -> Tensor:
         if not values.is_cuda:
@@ -124,8 +125,12 @@ class Outcome:
             for _, group, last_refresh in self._due:
                 group["last_refresh"], group["next_refresh"] = last_refresh, group["steps"]
             return []
-        for group, median in self._medians:
-            group["effective_lr"] = float(group["lr"]) * median.item()
+        medians: dict[int, list[float]] = {}
+        for number, median in self._medians:
+            medians.setdefault(number, []).append(median.item())
+        for number, group, _ in self._due:
+            if number in medians:  # of those on each device
+                group["effective_lr"] = float(group["lr"]) * statistics.median(medians[number])
         given_up = []
         for number, group, _ in self._due:
             lost = []
