@@ -46,11 +46,8 @@ class WithAverage(WithLayers):
         self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
 
     def _model(self) -> nn.Module | None:
-        return (
-            None
-            if (following := self._now.following) is None or (model := following.model()) is None
-            else wrappers.unwrapped(model)
-        )
+        model = None if self._now.following is None else self._now.following.model()
+        return None if model is None else wrappers.unwrapped(model)
 
     def unfollow(self) -> None:
         """Follow no module any more; its parameters hold what they hold (see `train`)."""
