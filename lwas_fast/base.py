@@ -26,6 +26,7 @@ class Now:
         micro_batches: How many there were in the last window that was measured.
         measured: What the next step is to take in.
         outcome: Which layers the last measurement had no number for, on its way from the device.
+        route: What the last measurement came by.
         failure: Why none could be made, at the last try.
         patience: Steps after which to warn that none was made.
         warned_of_layers: Whether it was said that a layer has none.
@@ -41,6 +42,7 @@ class Now:
     micro_batches: int = 0
     measured: rates.Measured | None = None
     outcome: rates.Outcome | None = None
+    route: str | None = None
     failure: str | None = None
     patience: int = 1
     warned_of_layers: bool = False
@@ -99,6 +101,13 @@ class WithLayers(Optimizer):
                 numbers = {c.name.lower(): int(row[c]) if c in COUNTERS else row[c] for c in shown}
                 found[name] = {"rate": now[name], **numbers}
         return found
+
+    @property
+    def measured_by(self) -> str | None:
+        """What the last measurement came by: ``"loss.backward"`` (of a followed model), ``"opt.backward"``,
+        ``"opt.step"`` (with a closure); None if there was none.
+        """
+        return self._now.route
 
     def log(self) -> dict[str, float]:
         """One flat dictionary for TensorBoard, Weights & Biases or a CSV file; waits for the device.

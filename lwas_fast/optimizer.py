@@ -97,7 +97,7 @@ class LayerwiseOptimizer(WithAverage):
 
     def _subject(self) -> measure.Subject:
         due = [number for number, group in enumerate(self.param_groups) if rates.is_due(group)]
-        return measure.Subject(self._layout, self.rule, self._how, due, self._now.window)
+        return measure.Subject(self._layout, self.rule, self._how, due, self._now.window, self._model())
 
     def backward(
         self,
@@ -143,7 +143,7 @@ class LayerwiseOptimizer(WithAverage):
         measures = last and self.curvature_due
         value, found = measure.backward(self._subject, loss, self._how["hvp"], measures, scaler, ddp)
         if found is not None:
-            self._now.measured = rates.refreshed(found, self.param_groups, self._now.plans)
+            self._take(found, "opt.backward")
         self._now.window.micro_batches += 1
         self._now.window.complete = last
         return value
@@ -165,7 +165,7 @@ class LayerwiseOptimizer(WithAverage):
             if isinstance(found, Exception):
                 self._say(found)
             else:
-                self._now.measured = rates.refreshed(found, self.param_groups, self._now.plans)
+                self._take(found, "loss.backward")
         self._now.window.micro_batches = number
         return accumulated
 
@@ -238,8 +238,12 @@ class LayerwiseOptimizer(WithAverage):
                 for (p, grad), version in zip(stood.items(), versions, strict=True)
             )
             found = measure.again(self._subject(), closure, value, replay, 1.0, start, accumulated)
-            self._now.measured = rates.refreshed(found, self.param_groups, self._now.plans)
+            self._take(found, "opt.step")
         return value
+
+    def _take(self, found: measure.Measurement, route: str) -> None:
+        self._now.measured = rates.refreshed(found, self.param_groups, self._now.plans)
+        self._now.route = route
 
     def _warn_of_lr(self, groups: list[dict[str, Any]]) -> None:
         self._now.warned_of_lr = self._now.warned_of_lr or any(map(options.warn_of_lr, groups))

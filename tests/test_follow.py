@@ -67,6 +67,7 @@ def test_plain_backward_is_opt_backward(kind, options):
     steps(told, other, data)
     assert same(weights(model), weights(other))
     assert opt.diagnostics() == told.diagnostics()
+    assert (opt.measured_by, told.measured_by) == ("loss.backward", "opt.backward")
     assert all(row["refreshes"] == 3 for row in opt.diagnostics().values())
 
 

@@ -1,8 +1,9 @@
 """Running statistics, counters and every other buffer of the modules that a closure calls, kept over an evaluation.
 
-The optimizer knows parameters, not modules. In a program without `torch.compile` a hook on all modules sees what is
-called. A compiled function calls no module's hooks, a compiled module warns of them and compiles them, so in a program
-with one the buffers of all modules that are alive are kept instead: more copies, but nothing that the user can notice.
+An optimizer that follows no model knows parameters, not modules. In a program without `torch.compile` a hook on all
+modules sees what is called. A compiled function calls no module's hooks, a compiled module warns of them and compiles
+them, so in a program with one the buffers of all modules that are alive are kept instead: more copies, but nothing that
+the user can notice.
 """
 
 from __future__ import annotations
@@ -84,15 +85,18 @@ class _Kept:
 
 
 @contextmanager
-def buffers_kept(leaves: Sequence[Tensor]) -> Iterator[None]:
+def buffers_kept(leaves: Sequence[Tensor], model: nn.Module | None = None) -> Iterator[None]:
     """Put back, at the end, every buffer that an evaluation inside may have written to or replaced.
 
     Args:
         leaves: What gets a gradient in that evaluation.
+        model: What is evaluated, if that is known, so that nobody has to look for it.
     """
     kept = _Kept()
     compilations = _compilations()
-    if compilations:
+    if model is not None:
+        kept.add_called(model, None)
+    elif compilations:
         for module in _live_modules(compilations, leaves):
             kept.add(module)
     try:

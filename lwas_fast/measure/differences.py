@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lwas_fast.measure.buffers import buffers_kept
 from lwas_fast.measure.probes import Probe, Products, passes, shares
@@ -97,6 +97,7 @@ def by_differences(
     leaves: Sequence[Tensor],
     estimator: str,
     start: dict[Tensor, Tensor],
+    model: nn.Module | None,
 ) -> list[Products]:
     """Take the products of each probe as differences of gradients; "blocks" evaluates once for each layer.
 
@@ -109,6 +110,7 @@ def by_differences(
         leaves: Every tensor whose ``.grad`` the evaluation may touch.
         estimator: See `probes`.
         start: The gradients that the first evaluation found in ``.grad``.
+        model: See `buffers_kept`.
     """
     lengths = [_step_lengths(probe) for probe in probes]
     eps = [
@@ -125,7 +127,7 @@ def by_differences(
         with (
             _gradients_kept(leaves, before, start),
             _displaced(moved, along, eps_of),
-            buffers_kept(leaves),
+            buffers_kept(leaves, model),
             replay.again(),
         ):
             with torch.enable_grad():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lwas_fast.layers import Bucket, Layout
 from lwas_fast.rule import Here, Rule, Scaling, with_decay
@@ -46,6 +46,7 @@ class Subject(NamedTuple):
         how: The options that hold for all groups: ``curvature``, ``hvp`` and ``seed``.
         due: Numbers of the groups that are to be measured.
         window: The micro-batches before this one.
+        model: What is followed, if anything is.
     """
 
     layout: Layout
@@ -53,6 +54,7 @@ class Subject(NamedTuple):
     how: dict[str, Any]
     due: list[int]
     window: Window
+    model: nn.Module | None = None
 
 
 class Vectors(NamedTuple):

@@ -276,5 +276,6 @@ def again(
         start = start or {}
         own = {p: g - start[p] if p in start else g for p, g in gradients.items()} if accumulated else None
         probes = make_probes(subject, gradients, scale, scale, parallel.average_loss(loss), own)
-        products = by_differences(probes, lambda: evaluate(closure), replay, leaves, subject.how["curvature"], start)
+        estimator, model = subject.how["curvature"], subject.model
+        products = by_differences(probes, lambda: evaluate(closure), replay, leaves, estimator, start, model)
     return Measurement(subject.due, probes, products)

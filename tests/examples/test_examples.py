@@ -31,6 +31,18 @@ def test_compiled_model():
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+def test_log_rates(tmp_path):
+    import csv
+
+    import log_rates
+
+    log_rates.main(tmp_path, steps=41)
+    rows = list(csv.DictReader(open(tmp_path / "rates.csv")))
+    assert [int(row["step"]) for row in rows] == [0, 20, 40]
+    assert {"loss", "applied/0", "applied/2", "measurements", "share_capped"} <= set(rows[0])
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("schedule_free", "tolerance"), [(False, 1e-5), (True, 1e-2)])  # see the example on the gain
 def test_cuda_graph(schedule_free, tolerance):
