@@ -104,8 +104,10 @@ class WithLayers(Optimizer):
 
     @property
     def measured_by(self) -> str | None:
-        """What the last measurement came by: ``"loss.backward"`` (of a followed model), ``"opt.backward"``,
-        ``"opt.step"`` (with a closure); None if there was none.
+        """What the last measurement came by; None if there was none.
+
+        ``"loss.backward"`` and ``"replay"`` (the model was called once more) of a followed model, ``"opt.backward"``,
+        ``"opt.step"`` (with a closure).
         """
         return self._now.route
 

@@ -13,14 +13,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
-from lwas_fast.measure import watch
+from lwas_fast.measure import Call, watch, with_graph
 from lwas_fast.says import warn
-from lwas_fast.wrappers import is_compiled, layers_of, named_parameters, run_eagerly, runs_eagerly, unwrapped
+from lwas_fast.wrappers import (
+    EAGER,
+    PLAIN_ATTENTION,
+    PLAIN_RECURRENCE,
+    is_compiled,
+    layers_of,
+    named_parameters,
+    run_eagerly,
+    unwrapped,
+)
 
 DEPTH = 2  # levels of parts that are taken for ones that may be called alone
 
@@ -43,13 +51,12 @@ def _stop(
     handles: list[Any],
     who: weakref.ref[Following],
     identity: int,
-    kernels: ExitStack,
 ) -> None:
     """Take everything off a model that an optimizer followed."""
     for handle in handles:
         handle.remove()
-    kernels.close()
-    run_eagerly(identity, False)
+    for shared in (PLAIN_ATTENTION, PLAIN_RECURRENCE, EAGER):
+        shared.leave(identity)
     watch.unwatch(who())
     model = root()
     if model is not None and isinstance(train := model.__dict__.get("train"), _Train):
@@ -125,6 +132,7 @@ class Following:
         due: Whether the next loss may have to be measured.
         pinned: Whether the model keeps the weights that it has, whatever its mode.
         restored: Whether the optimizer's state was loaded since its last step.
+        replays: Whether the model has no second derivative, and is called once more instead.
     """
 
     def __init__(self, model: nn.Module, params: set[Tensor], optimizer: object, owner: dict[str, Any]):
@@ -139,8 +147,12 @@ class Following:
         self._has_norms = any(isinstance(p, _BatchNorm) and p.track_running_stats for p in root.modules())
         self._norms_seen = self._stepped = self._inside = self.pinned = self.restored = False
         self.trained = self.due = True
+        self.replays = False
+        self._calls: list[Call] = []  # of the model, since the last loss
         self._given: dict[int, tuple[Any, Any]] = {}  # averages that were handed out, while they live
-        handles = [entry.register_forward_pre_hook(self) for entry in dict.fromkeys(_entries(root, DEPTH))]
+        handles = [
+            entry.register_forward_pre_hook(self, with_kwargs=True) for entry in dict.fromkeys(_entries(root, DEPTH))
+        ]
         for part in root.modules():
             if part._parameters:
                 handles.append(part.register_state_dict_post_hook(_Hook(self._saved)))  # type: ignore[no-untyped-call]
@@ -151,12 +163,11 @@ class Following:
         ddp = [part for part in layers_of(model) if isinstance(part, DistributedDataParallel)]
         self._ddp = weakref.ref(ddp[0]) if ddp else None
         self._called = False  # in training mode, since the last step
-        self._kernels = ExitStack()  # those that a call that is measured runs by
         if not isinstance(train := root.__dict__.get("train"), _Train):
             train = root.__dict__["train"] = _Train(self._root)
         then = weakref.WeakMethod(self._mode_set)
         train.then.append(then)
-        ours = self._root, then, handles, weakref.ref(self), id(self), self._kernels
+        ours = self._root, then, handles, weakref.ref(self), id(self)
         self.stop = weakref.finalize(optimizer, _stop, *ours)
 
     def __reduce__(self) -> Any:
@@ -177,15 +188,15 @@ class Following:
             unfollow()
         self.stop()
 
-    def __call__(self, module: nn.Module, _: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the model, or a part of it, is called."""
         if torch.compiler.is_compiling() or torch._C._is_tracing() or (root := self._root()) is None:
             return
         training = root.training
         if training is not self.trained or self.due:
-            self._act(module, training)
+            self._act(module, training, args, kwargs)
 
-    def _act(self, module: nn.Module, training: bool) -> None:
+    def _act(self, module: nn.Module, training: bool, args: Any, kwargs: Any) -> None:
         hold, place = self._owner.hold(), self._owner.place()
         if self._inside and module is self._root():  # an interrupt kept the last call from leaving
             self._leave()
@@ -202,7 +213,7 @@ class Following:
             if not self.trained:
                 hold(True)
             if self.due:
-                self._open(module)
+                self._open(module, args, kwargs)
         elif not self.trained:  # statistics of the average are being gathered
             self._norms_seen = True
 
@@ -224,7 +235,7 @@ class Following:
         if root is not None and root.training and self.due and torch.is_grad_enabled():
             run_eagerly(id(self), due is not None and due())
 
-    def _open(self, module: nn.Module) -> None:
+    def _open(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Have the loss that is made from this call's output measured."""
         due = self._owner.due()
         self.due = due is not None and due()
@@ -234,20 +245,19 @@ class Following:
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if wrapper is not None:
             self._ddp = weakref.ref(wrapper)
-        self._inside = True
-        run_eagerly(id(self), True)  # parts of it, and the loss, may be compiled
-        self._kernels.enter_context(self.differentiable())
+        call = Call(module, args, kwargs, list(self.params))
+        if not self.replays:
+            run_eagerly(id(self), True)  # parts of it, and the loss, may be compiled
+        self._enter()
 
         def done(_module: nn.Module, _args: Any, output: Any) -> None:
             handle.remove()
             self._leave()
+            call.returned(with_graph(output))
+            self._calls.append(call)
             watch.watch(self, output)
 
         handle = module.register_forward_hook(done, always_call=True)
-
-    def _leave(self) -> None:
-        self._inside = False
-        self._kernels.close()
 
     @contextmanager
     def average_held(self) -> Iterator[None]:
@@ -259,15 +269,25 @@ class Following:
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
-        """Call no kernel inside that has no second derivative where there is one that has."""
-        with ExitStack() as contexts:
-            contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if self._has_rnn:
-                contexts.enter_context(torch.backends.cudnn.flags(enabled=False))
-                # As torch.backends.mkldnn.flags does, but that warns of TF32 on some processors.
-                contexts.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-                torch._C._set_mkldnn_enabled(False)
+        """See `watch.Watcher`."""
+        self._enter()
+        try:
             yield
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
+        """Call no kernel that has no second derivative where there is one that has."""
+        self._inside = True
+        if not self.replays:
+            PLAIN_ATTENTION.enter(id(self))
+            if self._has_rnn:
+                PLAIN_RECURRENCE.enter(id(self))
+
+    def _leave(self) -> None:
+        self._inside = False
+        for kernels in (PLAIN_ATTENTION, PLAIN_RECURRENCE):
+            kernels.leave(id(self))
 
     def wants(self, leaves: set[Tensor]) -> bool:
         """See `watch.Watcher`."""
@@ -275,8 +295,8 @@ class Following:
 
     def see(self, loss: Tensor, scaler: Any, keep: bool) -> bool:
         """See `watch.Watcher`."""
-        see = self._owner.see()
-        return see is not None and see(loss, scaler, self._of_ddp(), keep)
+        see, calls, self._calls = self._owner.see(), self._calls, []
+        return see is not None and see(loss, scaler, self._of_ddp(), keep, calls)
 
     def _of_ddp(self) -> DistributedDataParallel | None:
         return None if self._ddp is None else self._ddp()
@@ -285,9 +305,10 @@ class Following:
         """Note that a step was taken, and whether the next is to be measured, or may turn out to be."""
         if self.due:
             self._leave()  # an interrupt may have kept it from leaving
+            self._calls = []
             watch.unwatch(self)
             if not self._called:  # nobody told us that it is compiled, but no hook was called; unless that was no help
-                self._compiled = True if self._compiled is None else self._compiled and not runs_eagerly(id(self))
+                self._compiled = True if self._compiled is None else self._compiled and id(self) not in EAGER
         run_eagerly(id(self), due and bool(self._compiled))
         self._called = self.restored = self._norms_seen = False
         self.due, self._stepped = due or unheard, True

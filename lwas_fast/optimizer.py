@@ -148,7 +148,9 @@ class LayerwiseOptimizer(WithAverage):
         self._now.window.complete = last
         return value
 
-    def _see(self, loss: Tensor, scaler: Any, ddp: DistributedDataParallel | None, keep: bool) -> bool:
+    def _see(
+        self, loss: Tensor, scaler: Any, ddp: DistributedDataParallel | None, keep: bool, calls: list[measure.Call]
+    ) -> bool:
         """Measure at somebody else's ``loss.backward()``; whether gradients have been accumulated by that.
 
         Nobody tells which micro-batch is a window's last. As many as the last window had are waited for, and where that
@@ -159,13 +161,20 @@ class LayerwiseOptimizer(WithAverage):
         number = self._now.window.micro_batches + 1
         waits = number < self._now.micro_batches or (ddp is not None and not ddp.require_backward_grad_sync)
         accumulated = False
-        if not waits and self._due():
+        following = self._now.following
+        if not waits and self._due() and following is not None:
             self._now.measured = None
-            found, accumulated = measure.in_passing(self._subject, loss, scaler, ddp, keep)
-            if isinstance(found, Exception):
-                self._say(found)
+            can_replay = len(calls) == 1 and ddp is None and not keep
+            if following.replays and can_replay:
+                found, accumulated = measure.replayed(self._subject, loss, scaler, calls[0])
             else:
-                self._take(found, "loss.backward")
+                found, accumulated = measure.in_passing(self._subject, loss, scaler, ddp, keep)
+            if not isinstance(found, Exception):
+                self._take(found, "replay" if following.replays else "loss.backward")
+            elif can_replay and not following.replays:
+                following.replays = True  # the next step is due
+            else:
+                self._say(found)
         self._now.window.micro_batches = number
         return accumulated
 

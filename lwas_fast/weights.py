@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lwas_fast import follow, update, wrappers
+from lwas_fast import follow, measure, update, wrappers
 from lwas_fast.base import WithLayers
 from lwas_fast.says import warn
 
@@ -17,7 +17,9 @@ from lwas_fast.says import warn
 class WithAverage(WithLayers):
     """An optimizer whose weights to evaluate are not those that it trains on."""
 
-    def _see(self, loss: Tensor, scaler: Any, ddp: DistributedDataParallel | None, keep: bool) -> bool:
+    def _see(
+        self, loss: Tensor, scaler: Any, ddp: DistributedDataParallel | None, keep: bool, calls: list[measure.Call]
+    ) -> bool:
         """See `measure.watch.Watcher`."""
         raise NotImplementedError
 

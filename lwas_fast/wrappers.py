@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 _IN_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -47,23 +50,56 @@ def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-# Those who want compiled models to run as they are: torch has one stance for all, to be put back by the last.
-_eager: set[int] = set()
-_stance = ExitStack()
+class Shared:
+    """A context of torch's for the whole process, which several may be in and leave in any order.
+
+    The first enters it, and the last leaves it: each by itself would put back what another had set.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]):
+        self._make, self._context = make, ExitStack()
+        self._inside: set[int] = set()
+
+    def __contains__(self, who: int) -> bool:
+        return who in self._inside
+
+    def enter(self, who: int) -> None:
+        """Be in it; nothing if that is so."""
+        if not self._inside:
+            self._context.enter_context(self._make())
+        self._inside.add(who)
+
+    def leave(self, who: int) -> None:
+        """Be in it no more; nothing if that is so."""
+        if who in self._inside:
+            self._inside.remove(who)
+            if not self._inside:
+                self._context.close()
 
 
-def runs_eagerly(who: int) -> bool:
-    """Whether this one wants that."""
-    return who in _eager
+@contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=False), ExitStack() as after:
+        # As torch.backends.mkldnn.flags does, but that warns of TF32 on some processors.
+        after.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+        torch._C._set_mkldnn_enabled(False)
+        yield
+
+
+def _eager() -> AbstractContextManager[Any]:
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+# What has a second derivative: attention and recurrent layers by other kernels, compiled code as it is.
+PLAIN_ATTENTION = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+PLAIN_RECURRENCE = Shared(_plain_recurrence)
+EAGER = Shared(_eager)
 
 
 def run_eagerly(who: int, on: bool) -> None:
-    """Have compiled code run as it is, hooks and second derivatives included, while anybody wants that."""
-    if on and not _eager and "torch._dynamo" in sys.modules:
-        _stance.push(torch.compiler.set_stance("force_eager"))
-    if on and (_eager or "torch._dynamo" in sys.modules):
-        _eager.add(who)
-    elif not on and who in _eager:
-        _eager.remove(who)
-        if not _eager:
-            _stance.close()
+    """Have compiled code run as it is while anybody wants that; nothing where nothing is compiled."""
+    if not on:
+        EAGER.leave(who)
+    elif "torch._dynamo" in sys.modules:
+        EAGER.enter(who)

@@ -7,10 +7,12 @@
 
 from lwas_fast.measure.differences import Replay
 from lwas_fast.measure.probes import Measurement, Probe, Products, Subject, Vectors, Window, squared_lengths
+from lwas_fast.measure.replay import Call, replayed
 from lwas_fast.measure.routes import again, backward, evaluate, in_passing
-from lwas_fast.measure.watch import released
+from lwas_fast.measure.watch import released, with_graph
 
 __all__ = [
+    "Call",
     "Measurement",
     "Probe",
     "Products",
@@ -23,5 +25,7 @@ __all__ = [
     "evaluate",
     "in_passing",
     "released",
+    "replayed",
     "squared_lengths",
+    "with_graph",
 ]

@@ -67,11 +67,11 @@ def backward(
         value, scaled = forward()
         parallel.check(ddp)
         subject = now()
-        found = _autograd(subject, value, scaled, _scale(value, scaler, subject.window), ddp)
+        found = _autograd(subject, value, scaled, scale_of(value, scaler, subject.window), ddp)
     return value.detach(), found
 
 
-def _scale(loss: Tensor, scaler: Any, window: Window) -> Tensor | float:
+def scale_of(loss: Tensor, scaler: Any, window: Window) -> Tensor | float:
     """What turns this micro-batch's raw gradient into an estimate of the window's."""
     count = window.micro_batches + 1
     return float(count) if scaler is None else count / scaler.scale(torch.ones((), device=loss.device))
@@ -197,7 +197,7 @@ def in_passing(
             )
         subject = now()
         graph = _differentiate(loss)
-        scale = _scale(loss, scaler, subject.window)
+        scale = scale_of(loss, scaler, subject.window)
         value = loss.detach() if scaler is None else loss.detach() * (scale / (subject.window.micro_batches + 1))
         found: Measurement | Exception = _measure(subject, graph, value, scale, ddp, keep, handed_over)
     except Exception as error:  # out of memory, say: the user's backward is not to fail for our sake
@@ -229,7 +229,7 @@ def _differences_of(
     try:
         value = evaluate_once()
         subject = now()
-        found = again(subject, evaluate_once, value, replay, _scale(value, scaler, subject.window))
+        found = again(subject, evaluate_once, value, replay, scale_of(value, scaler, subject.window))
     finally:
         with torch.no_grad():
             for p, grad in zip(params, earlier, strict=True):

@@ -31,7 +31,7 @@ class Watcher(Protocol):
         """Measure; return whether gradients have been accumulated, which `keep` forbids."""
 
     def differentiable(self) -> AbstractContextManager[object]:
-        """What the model was called in, and is to be again if checkpoints call it."""
+        """What the model was called in, and is to be again if checkpoints call it; its calls inside are no new ones."""
 
 
 _waiting: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -104,6 +104,11 @@ def _tensors(output: object, levels: int = 3) -> Iterator[object]:
             slots = [getattr(leaf, name, None) for name in getattr(type(leaf), "__slots__", ())]
             if held := [*getattr(leaf, "__dict__", {}).values(), *slots]:
                 yield from _tensors(held, levels - 1)
+
+
+def with_graph(output: object) -> list[Tensor]:
+    """The tensors of a model's output that have a graph."""
+    return [leaf for leaf in _tensors(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
 
 def watch(watcher: Watcher, output: object) -> None:
