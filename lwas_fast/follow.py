@@ -148,7 +148,7 @@ class Following:
         self._norms_seen = self._stepped = self._inside = self.pinned = self.restored = False
         self.trained = self.due = True
         self.replays = False
-        self._calls: list[Call] = []  # of the model, since the last loss
+        self._calls: list[Call | None] = []  # of the model, since the last loss; None of one that is not needed again
         self._given: dict[int, tuple[Any, Any]] = {}  # averages that were handed out, while they live
         handles = [
             entry.register_forward_pre_hook(self, with_kwargs=True) for entry in dict.fromkeys(_entries(root, DEPTH))
@@ -245,16 +245,17 @@ class Following:
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if wrapper is not None:
             self._ddp = weakref.ref(wrapper)
-        call = Call(module, args, kwargs, list(self.params))
-        if not self.replays:
+        call = Call(module, args, kwargs, list(self.params)) if self.replays else None
+        if call is None:
             run_eagerly(id(self), True)  # parts of it, and the loss, may be compiled
         self._enter()
 
         def done(_module: nn.Module, _args: Any, output: Any) -> None:
             handle.remove()
             self._leave()
-            call.returned(with_graph(output))
-            self._calls.append(call)
+            if call is not None:
+                call.returned(with_graph(output))
+            self._calls = [*self._calls, call][-2:]  # more than one is of no use
             watch.watch(self, output)
 
         handle = module.register_forward_hook(done, always_call=True)

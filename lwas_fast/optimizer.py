@@ -149,7 +149,12 @@ class LayerwiseOptimizer(WithAverage):
         return value
 
     def _see(
-        self, loss: Tensor, scaler: Any, ddp: DistributedDataParallel | None, keep: bool, calls: list[measure.Call]
+        self,
+        loss: Tensor,
+        scaler: Any,
+        ddp: DistributedDataParallel | None,
+        keep: bool,
+        calls: list[measure.Call | None],
     ) -> bool:
         """Measure at somebody else's ``loss.backward()``; whether gradients have been accumulated by that.
 
@@ -165,12 +170,13 @@ class LayerwiseOptimizer(WithAverage):
         if not waits and self._due() and following is not None:
             self._now.measured = None
             can_replay = len(calls) == 1 and ddp is None and not keep
-            if following.replays and can_replay:
-                found, accumulated = measure.replayed(self._subject, loss, scaler, calls[0])
+            call = calls[0] if can_replay else None
+            if call is not None:
+                found, accumulated = measure.replayed(self._subject, loss, scaler, call)
             else:
                 found, accumulated = measure.in_passing(self._subject, loss, scaler, ddp, keep)
             if not isinstance(found, Exception):
-                self._take(found, "replay" if following.replays else "loss.backward")
+                self._take(found, "loss.backward" if call is None else "replay")
             elif can_replay and not following.replays:
                 following.replays = True  # the next step is due
             else:

@@ -18,7 +18,12 @@ class WithAverage(WithLayers):
     """An optimizer whose weights to evaluate are not those that it trains on."""
 
     def _see(
-        self, loss: Tensor, scaler: Any, ddp: DistributedDataParallel | None, keep: bool, calls: list[measure.Call]
+        self,
+        loss: Tensor,
+        scaler: Any,
+        ddp: DistributedDataParallel | None,
+        keep: bool,
+        calls: list[measure.Call | None],
     ) -> bool:
         """See `measure.watch.Watcher`."""
         raise NotImplementedError
