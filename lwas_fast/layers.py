@@ -244,8 +244,11 @@ class Layout:
         self._states, self._entries = states, (list(self.state), list(self.state.values()))
 
     def attach(self) -> None:
-        """Make the layers' rows in `state` views of the tables again, where somebody moved or copied them."""
-        for bucket in self.buckets:
+        """Make the layers' rows in `state` views of the tables again, where somebody moved or copied them.
+
+        Where nothing is laid out yet it stays so, for the model may move.
+        """
+        for bucket in self.__dict__.get("buckets", ()):
             for i, param in enumerate(bucket.params):
                 if entry := self.state.get(param):
                     entry["layer"] = bucket.table[bucket.row[i]]

@@ -145,6 +145,11 @@ def closing(opt: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[
     return closure
 
 
+def rates_of(opt: torch.optim.Optimizer) -> Tensor:
+    """The rates of an optimizer's layers, (L,)."""
+    return torch.tensor(list(opt.rates().values()), dtype=torch.float64)
+
+
 def usual(opt: torch.optim.Optimizer, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
     """The same, of `loss_of`."""
     return closing(opt, lambda: loss_of(model, batch))

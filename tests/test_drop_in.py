@@ -11,14 +11,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, closing, layer_vectors, loss_of, small_net, train
+from cases import OPTIMIZERS, batches, closing, layer_vectors, loss_of, rates_of, small_net, train
 from torch import nn
 
 EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
-
-
-def rates_of(opt):
-    return torch.tensor(list(opt.rates().values()), dtype=torch.float64)
 
 
 @EACH
@@ -143,6 +139,18 @@ def test_state_that_was_moved_by_hand_is_saved_as_it_is(kind):
         train(opt, model, data[3:])
         found.append([entry["layer"] for entry in opt.state_dict()["state"].values()])
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@EACH
+def test_a_model_may_move_after_a_state_was_taken(kind):
+    """As some trainers do before training: layers are laid out where the model is at its first step."""
+    model = small_net(torch.float32)
+    opt = OPTIMIZERS[kind](model)
+    opt.load_state_dict(opt.state_dict())
+    opt.state_dict()
+    model.double()
+    train(opt, model, batches(2))
+    assert opt._layout.buckets[0].table.dtype == torch.float64
 
 
 @EACH
