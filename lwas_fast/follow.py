@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
-from lwas_fast.measure import Call, watch, with_graph
+from lwas_fast.measure import Call, Seen, watch, with_graph
 from lwas_fast.says import warn
 from lwas_fast.wrappers import (
     EAGER,
@@ -186,7 +186,6 @@ class Following:
             for param in self.params:
                 restart(param)
             unfollow()
-        self.stop()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the model, or a part of it, is called."""
@@ -297,7 +296,7 @@ class Following:
     def see(self, loss: Tensor, scaler: Any, keep: bool) -> bool:
         """See `watch.Watcher`."""
         see, calls, self._calls = self._owner.see(), self._calls, []
-        return see is not None and see(loss, scaler, self._of_ddp(), keep, calls)
+        return see is not None and see(Seen(loss, scaler, self._of_ddp(), keep), calls)
 
     def _of_ddp(self) -> DistributedDataParallel | None:
         return None if self._ddp is None else self._ddp()

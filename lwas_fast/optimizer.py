@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,8 @@ class LayerwiseOptimizer(WithAverage):
             since warm-up, but at least 10 and at most 100.
         weight_decay_on (str): ``"matrices"`` (tensors of two or more dimensions; default with a module) or ``"all"``.
         curvature (str): ``"signs"`` (default; one product, unbiased) or ``"blocks"`` (exact, one product a layer).
-        hvp (str): ``"autograd"`` (default) or ``"finite_difference"``. ``step(closure)`` uses the latter anyway.
+        hvp (str): ``"autograd"`` (default) or ``"finite_difference"``. Without a
+            model to follow, ``step(closure)`` uses the latter anyway.
         warmup_steps (int): Steps without measurement, at ``warmup_rate``. Default 0.
         maximize (bool): Ascend. Default False.
         foreach (bool | None): Given at all, plain torch takes the place of compiled code; True and False do the same.
@@ -148,14 +148,7 @@ class LayerwiseOptimizer(WithAverage):
         self._now.window.complete = last
         return value
 
-    def _see(
-        self,
-        loss: Tensor,
-        scaler: Any,
-        ddp: DistributedDataParallel | None,
-        keep: bool,
-        calls: list[measure.Call | None],
-    ) -> bool:
+    def _see(self, seen: measure.Seen, calls: list[measure.Call | None]) -> bool:
         """Measure at somebody else's ``loss.backward()``; whether gradients have been accumulated by that.
 
         Nobody tells which micro-batch is a window's last. As many as the last window had are waited for, and where that
@@ -164,17 +157,17 @@ class LayerwiseOptimizer(WithAverage):
         if self._now.window.complete or not any(p.grad is not None for p in self._layout.params):
             self._close_window()
         number = self._now.window.micro_batches + 1
-        waits = number < self._now.micro_batches or (ddp is not None and not ddp.require_backward_grad_sync)
+        waits = number < self._now.micro_batches or (seen.ddp is not None and not seen.ddp.require_backward_grad_sync)
         accumulated = False
         following = self._now.following
         if not waits and self._due() and following is not None:
             self._now.measured = None
-            can_replay = len(calls) == 1 and ddp is None and not keep
+            can_replay = len(calls) == 1 and seen.ddp is None and not seen.keep
             call = calls[0] if can_replay else None
             if call is not None:
-                found, accumulated = measure.replayed(self._subject, loss, scaler, call)
+                found, accumulated = measure.replayed(self._subject, seen, call)
             else:
-                found, accumulated = measure.in_passing(self._subject, loss, scaler, ddp, keep)
+                found, accumulated = measure.in_passing(self._subject, seen)
             if not isinstance(found, Exception):
                 self._take(found, "loss.backward" if call is None else "replay")
             elif can_replay and not following.replays:
@@ -199,15 +192,17 @@ class LayerwiseOptimizer(WithAverage):
         """Take a measurement into the rates, if there is one, and update the parameters.
 
         Args:
-            closure: Clears the gradients, evaluates the loss, calls backward and returns the loss. When a measurement
-                is due it is called a second time at displaced parameters (finite differences); it must use the same
-                batch both times.
+            closure: Clears the gradients, evaluates the loss, calls backward and returns the loss, or None if there is
+                none. If a measurement is due and it did not measure itself (by the loss of a followed model, or by
+                `backward`), it is called a second time at displaced parameters (finite differences); it must use the
+                same batch both times.
 
         Returns:
             What the closure returned.
 
         Raises:
-            TypeError: The closure returned no tensor, or a gradient is sparse. Nothing has been updated.
+            TypeError: The closure returned neither a tensor nor None, or a gradient is sparse. Nothing has been
+                updated.
             RuntimeError: ``fused=True``, and the compiled update cannot serve; or `eval` was called, but not `train`.
                 Nothing has been updated.
         """
@@ -217,7 +212,8 @@ class LayerwiseOptimizer(WithAverage):
             self._place()
             value = self._evaluate(closure)
         self._check_training()  # the closure may have called eval()
-        parts = update.prepare(self._layout, self.rule)
+        layout = self._layout  # once, for it is looked through for parameters that somebody replaced
+        parts = update.prepare(layout, self.rule)
         scales = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         scaling = Scaling(*(scale if isinstance(scale, Tensor) else None for scale in scales))
         if self._now.measured is None:
@@ -227,12 +223,12 @@ class LayerwiseOptimizer(WithAverage):
             self._warn_if_overdue()
         else:
             measured, self._now.measured = self._now.measured, None  # once, even if the update fails
-            measured = rates.of_this_step(measured, self._layout, self.rule, scaling)
+            measured = rates.of_this_step(measured, layout, self.rule, scaling)
             self._now.outcome = rates.take_in(measured, self.param_groups, scaling.found_inf)
             self._now.patience, self._now.failure = 1, None
             self._warn_of_lr(self.param_groups)
             self._now.micro_batches = self._now.window.micro_batches
-        update.run(self._layout, self.rule, parts, scaling)
+        update.run(layout, self.rule, parts, scaling)
         self._close_window()
         if self._now.following is not None:
             self._now.following.after_step(any(map(rates.is_due, self.param_groups)), self._now.outcome is not None)
@@ -327,7 +323,4 @@ class LayerwiseOptimizer(WithAverage):
             self._now.loading = None
         self._recognise()
         if lost:
-            warnings.warn(
-                f"the saved state was trained with {', '.join(lost)}: options that are gone. Training goes on without",
-                stacklevel=2,
-            )
+            warn(f"the saved state was trained with {', '.join(lost)}: options that are gone. Training goes on without")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lwas_fast import follow, measure, update, wrappers
 from lwas_fast.base import WithLayers
@@ -17,14 +16,7 @@ from lwas_fast.says import warn
 class WithAverage(WithLayers):
     """An optimizer whose weights to evaluate are not those that it trains on."""
 
-    def _see(
-        self,
-        loss: Tensor,
-        scaler: Any,
-        ddp: DistributedDataParallel | None,
-        keep: bool,
-        calls: list[measure.Call | None],
-    ) -> bool:
+    def _see(self, seen: measure.Seen, calls: list[measure.Call | None]) -> bool:
         """See `measure.watch.Watcher`."""
         raise NotImplementedError
 
@@ -50,7 +42,14 @@ class WithAverage(WithLayers):
         owner |= {"average_of": self._average_of, "averaged": self.averaged, "restart": self._restart}
         owner |= {"unfollow": self.unfollow}
         self._now.following = follow.Following(model, mine, self, owner)
-        self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
+        self._note_held()
+
+    def _note_held(self) -> bool:
+        """Whether the parameters hold the weights to train on; what follows the model is told."""
+        trained = all(group["train_mode"] for group in self.param_groups)
+        if self._now.following is not None:
+            self._now.following.trained = trained
+        return trained
 
     def _model(self) -> nn.Module | None:
         model = None if self._now.following is None else self._now.following.model()
@@ -65,7 +64,7 @@ class WithAverage(WithLayers):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Hold the average in the parameters inside, whatever a followed module's mode."""
-        following, training = self._now.following, all(group["train_mode"] for group in self.param_groups)
+        following, training = self._now.following, self._note_held()
         self.eval()
         pinned = following is not None and following.pinned
         if following is not None:
@@ -108,8 +107,7 @@ class WithAverage(WithLayers):
     def _hold(self, training: bool) -> None:
         self._place()
         update.swap(self.param_groups, self.state, self.rule, training)
-        if self._now.following is not None:
-            self._now.following.trained = training
+        self._note_held()
 
     def _average_of(self, param: Tensor) -> Tensor | None:
         group = self._layout.home.get(param)
@@ -125,7 +123,7 @@ class WithAverage(WithLayers):
     def _check_training(self) -> None:
         self._place()
         model = self._model()
-        if model is not None and model.training and not self._now.following.trained:  # type: ignore[union-attr]
+        if model is not None and model.training and not self._note_held():
             self._hold(training=True)  # evaluated between backward and step
         update.check_training(self.param_groups, model is not None)
 
@@ -160,9 +158,8 @@ class WithAverage(WithLayers):
                 elif not training and self._now.following is not None:
                     self._now.unplaced.append((group, known))
         if self._now.following is not None:
-            self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
-            self._now.following.due = True
-            self._now.following.restored = True
+            self._note_held()
+            self._now.following.due = self._now.following.restored = True
             return
         for group, training in zip(self.param_groups, meant, strict=True):
             update.swap([group], self.state, self.rule, training)
@@ -184,6 +181,6 @@ class WithAverage(WithLayers):
                 f"the model's weights are not those that the loaded state of {type(self).__name__} was saved with: "
                 "their average starts anew from here. Load the model's and the optimizer's states of one checkpoint"
             )
-        if unplaced and self._now.following is not None:
-            self._now.following.trained = all(group["train_mode"] for group in self.param_groups)
+        if unplaced:
+            self._note_held()
         return not self._now.unplaced

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lwas_fast.errors import CurvatureError
 from lwas_fast.measure.differences import Replay
 from lwas_fast.measure.probes import Subject
-from lwas_fast.measure.routes import Passing, again, scale_of
+from lwas_fast.measure.routes import Passing, Seen, again, scale_of, unscaled
 from lwas_fast.measure.watch import with_graph
 
 
@@ -62,15 +62,12 @@ class Call:
             yield
 
 
-def replayed(now: Callable[[], Subject], loss: Tensor, scaler: Any, call: Call) -> Passing:
-    """Measure a loss that somebody is about to call ``backward()`` on, which this does; whatever fails, that can go on.
+def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
+    """Measure a loss by calling its model once more, after its ``backward()``, which is done here.
 
-    Args:
-        now: Gives what is measured.
-        loss: As `scaler` scaled it, if there is one.
-        scaler: See `LayerwiseOptimizer.backward`.
-        call: How the model came to its outputs.
+    Whatever fails before, that can go on. `now` gives what is measured, `call` is how the model came to its outputs.
     """
+    loss = seen.loss
     start: dict[Tensor, Tensor] = {}
     accumulated = False
     try:
@@ -80,8 +77,8 @@ def replayed(now: Callable[[], Subject], loss: Tensor, scaler: Any, call: Call) 
         start = {p: p.grad.clone() for p in subject.layout.params if p.grad is not None}
         loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
         accumulated = True
-        scale = scale_of(loss, scaler, subject.window)
-        value = loss if scaler is None else loss * (scale / (subject.window.micro_batches + 1))
+        scale = scale_of(loss, seen.scaler, subject.window)
+        value = unscaled(loss, scale, subject.window)
         once_more = _second_call(call, slopes)
         return Passing(again(subject, once_more, value, call.random, scale, start, bool(start)), accumulated)
     except Exception as error:

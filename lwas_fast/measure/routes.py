@@ -77,6 +77,11 @@ def scale_of(loss: Tensor, scaler: Any, window: Window) -> Tensor | float:
     return float(count) if scaler is None else count / scaler.scale(torch.ones((), device=loss.device))
 
 
+def unscaled(loss: Tensor, scale: Tensor | float, window: Window) -> Tensor:
+    """A loss without its loss scale, by what `scale_of` gave for it."""
+    return loss * (scale / (window.micro_batches + 1)) if isinstance(scale, Tensor) else loss
+
+
 def _accumulate(graph: dict[Tensor, Tensor]) -> None:
     """Give each leaf its gradient as ``loss.backward()`` would, hooks included, without a second pass."""
     with torch.no_grad():
@@ -162,6 +167,22 @@ def _autograd(
     return found
 
 
+class Seen(NamedTuple):
+    """A loss that somebody is about to call ``backward()`` on.
+
+    Attributes:
+        loss: As `scaler` scaled it, if there is one.
+        scaler: See `LayerwiseOptimizer.backward`.
+        ddp: Likewise.
+        keep: Whether its graph is to be left alone, and the gradients with it.
+    """
+
+    loss: Tensor
+    scaler: Any
+    ddp: DistributedDataParallel | None
+    keep: bool
+
+
 class Passing(NamedTuple):
     """What came of measuring in passing, at a ``loss.backward()`` that is not ours.
 
@@ -174,18 +195,12 @@ class Passing(NamedTuple):
     accumulated: bool
 
 
-def in_passing(
-    now: Callable[[], Subject], loss: Tensor, scaler: Any, ddp: DistributedDataParallel | None, keep: bool
-) -> Passing:
-    """Measure a loss that somebody is about to call ``backward()`` on; whatever fails, that can go on.
+def in_passing(now: Callable[[], Subject], seen: Seen) -> Passing:
+    """Measure a loss on its own graph; whatever fails, its ``backward()`` can go on.
 
-    Args:
-        now: Gives what is measured.
-        loss: As `scaler` scaled it, if there is one.
-        scaler: See `LayerwiseOptimizer.backward`.
-        ddp: Likewise.
-        keep: Leave graph and gradients alone; else gradients are accumulated here, which spares another pass.
+    Unless the graph is kept, gradients are accumulated here, which spares another pass. `now` gives what is measured.
     """
+    loss, scaler, ddp, keep = seen
     graph: dict[Tensor, Tensor] = {}
     handed_over: list[bool] = []
     try:
@@ -198,7 +213,7 @@ def in_passing(
         subject = now()
         graph = _differentiate(loss)
         scale = scale_of(loss, scaler, subject.window)
-        value = loss.detach() if scaler is None else loss.detach() * (scale / (subject.window.micro_batches + 1))
+        value = unscaled(loss.detach(), scale, subject.window)
         found: Measurement | Exception = _measure(subject, graph, value, scale, ddp, keep, handed_over)
     except Exception as error:  # out of memory, say: the user's backward is not to fail for our sake
         found = (explain(error) if isinstance(error, RuntimeError) else None) or error

@@ -89,11 +89,12 @@ def _mark(tensor: object, scaler: Any = None) -> None:
         tensor.scaler = scaler
 
 
-def _release(tensor: Tensor) -> Tensor:
-    if type(tensor) is Watched:
-        tensor.__dict__.pop("scaler", None)
-        tensor.__class__ = Tensor  # type: ignore[assignment]
-    return tensor
+def released(value: Any) -> Any:
+    """The same value; if it is a watched tensor, it is so no more."""
+    if type(value) is Watched:
+        value.__dict__.pop("scaler", None)
+        value.__class__ = Tensor  # type: ignore[assignment]
+    return value
 
 
 def _tensors(output: object, levels: int = 3) -> Iterator[object]:
@@ -148,14 +149,8 @@ def unwatch(watcher: Watcher | None) -> None:
         _waiting.discard(watcher)
     if not _waiting:
         for ref in _marked:
-            if (tensor := ref()) is not None:
-                _release(tensor)
+            released(ref())
         _marked.clear()
-
-
-def released(value: Any) -> Any:
-    """The same value; a tensor among such is watched no more."""
-    return _release(value) if isinstance(value, Tensor) else value
 
 
 def _backward(
@@ -166,7 +161,7 @@ def _backward(
     inputs: Any = None,
 ) -> None:
     scaler, wanting = getattr(loss, "scaler", None), []
-    _release(loss)
+    released(loss)
     if gradient is None and inputs is None and not create_graph and loss.numel() == 1:
         leaves = set(leaves_of(loss))
         wanting = [watcher for watcher in list(_waiting) if watcher.wants(leaves)]

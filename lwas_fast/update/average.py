@@ -72,7 +72,7 @@ def swap(groups: Groups, state: State, rule: Rule, training: bool) -> None:
                     for name in ROUNDED:
                         of_param.pop(name, None)
                 else:
-                    average = _moved(param, of_param["offset"], -_distance(rule, group))
+                    average = _average(rule, group, of_param, param)
                     of_param |= rounded(rule, group, of_param, param, average)
                     param.copy_(average)
         group["train_mode"] = training
@@ -81,6 +81,10 @@ def swap(groups: Groups, state: State, rule: Rule, training: bool) -> None:
 def _moved(param: Tensor, offset: Tensor, by: float) -> Tensor:
     """A parameter moved by so much of its iterate minus average, in memory of its own."""
     return param.detach().to(offset.dtype).add(offset, alpha=by).to(param.dtype)
+
+
+def _average(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], weights: Tensor) -> Tensor:
+    return _moved(weights, of_param["offset"], -_distance(rule, group))
 
 
 def _trained(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], average: Tensor) -> Tensor:
@@ -125,8 +129,8 @@ def follow(layout: Layout, rule: Rule, moving: set[int]) -> None:
 @torch.no_grad()
 def average_of(rule: Rule, group: dict[str, Any], state: State, param: Tensor) -> Tensor | None:
     """The average of a parameter that holds the weights to train on, in memory of its own; None if that is the same."""
-    offset = state.get(param, {}).get("offset")
-    return None if offset is None else _moved(param, offset, -_distance(rule, group))
+    of_param = state.get(param, {})
+    return _average(rule, group, of_param, param) if "offset" in of_param else None
 
 
 @torch.no_grad()
@@ -134,8 +138,7 @@ def with_rounded(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], pa
     """A state as a checkpoint has it beside the average: with what rounding loses of the weights to train on."""
     if not group["train_mode"] or "offset" not in of_param:
         return of_param
-    average = _moved(param, of_param["offset"], -_distance(rule, group))
-    return {**of_param, **rounded(rule, group, of_param, param, average)}
+    return {**of_param, **rounded(rule, group, of_param, param, _average(rule, group, of_param, param))}
 
 
 SAMPLES = 32
