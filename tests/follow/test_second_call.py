@@ -1,0 +1,143 @@
+"""A followed model without second derivative is called once more.
+
+Catches: another curvature than that of the same function with a second derivative; a failure that is not said, ends
+the training or keeps a graph alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from cases import OPTIMIZERS, batches
+from follow_cases import EACH, followed, steps
+from torch import nn
+from torch.nn import functional as F
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Stubborn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.two(Once.apply(self.one(x)))
+
+
+class Smooth(Stubborn):
+    """The same function, differentiable twice."""
+
+    def forward(self, x):
+        return self.two(self.one(x).sin())
+
+
+@EACH
+@pytest.mark.parametrize("way", ["plain", "accumulated", "scaled", "dropout", "loss inside"])
+def test_a_model_without_second_derivative_is_called_once_more(kind, way):
+    """What is measured is what the same function with a second derivative would give."""
+    found = []
+    for make in (Stubborn, Smooth):
+        torch.manual_seed(0)
+        model = make()
+        if way == "dropout":
+            model.two = nn.Sequential(nn.Dropout(0.3), model.two)
+        if way == "loss inside":
+            net = model
+            model = type(
+                "Inside", (nn.Module,), {"forward": lambda self, x, y: {"loss": F.cross_entropy(self.net(x), y)}}
+            )()
+            model.net = net
+        model.double()
+        opt = OPTIMIZERS[kind](model, curvature="blocks", update_every=1)
+        scaler = torch.amp.GradScaler("cpu", enabled=way == "scaled", init_scale=64.0)
+        torch.manual_seed(1)
+        for k, (x, y) in enumerate(batches(4)):
+            if k == 0:
+                continue  # other numbers for each make
+            for _ in range(2 if way == "accumulated" else 1):
+                loss = model(x=x, y=y)["loss"] if way == "loss inside" else F.cross_entropy(model(x), y)
+                scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+            if k == 1 and make is Stubborn and way != "accumulated":
+                assert opt.measured_by is None  # the first try told
+            if k == 2:
+                found.append(opt.diagnostics())
+                break
+        assert opt.measured_by == ("replay" if make is Stubborn else "loss.backward")
+    assert all(row["refreshes"] >= 1 for row in found[0].values())
+
+
+@EACH
+def test_a_second_call_measures_what_autograd_does(kind):
+    data = batches(3)
+    found = []
+    for make in (Stubborn, Smooth):
+        torch.manual_seed(0)
+        model = make().double()
+        opt = OPTIMIZERS[kind](model, curvature="blocks")
+        opt._now.following.replays = make is Stubborn
+        (F.cross_entropy(model(data[0][0]), data[0][1], label_smoothing=0.1)).backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        opt.step()
+        found.append([(row["descent"], row["curvature"]) for row in opt.diagnostics().values()] + [grads])
+    torch.testing.assert_close(found[0][-1], found[1][-1])
+    torch.testing.assert_close(torch.tensor(found[0][:-1]), torch.tensor(found[1][:-1]), rtol=2e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("why", ["two calls", "changed in place", "input with a gradient"])
+def test_what_cannot_be_measured_is_said_and_training_goes_on(why):
+    model = Stubborn()
+    opt = OPTIMIZERS["adamw"](model)
+    x, y = batches(1, torch.float32)[0]
+
+    def step():
+        out = model(x.clone().requires_grad_() if why == "input with a gradient" else x)
+        if why == "two calls":
+            out = out + model(x)
+        F.cross_entropy(out.mul_(2.0) if why == "changed in place" else out, y).backward()
+        opt.step()
+        opt.zero_grad()
+
+    with pytest.warns(UserWarning, match="once_differentiable|no second derivative") as caught:
+        for _ in range(3):
+            step()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="10 steps since .*(once_differentiable|no second derivative)"):
+        for _ in range(9):
+            step()
+
+
+@EACH
+def test_a_failed_measurement_keeps_nothing_alive(kind, monkeypatch):
+    model, opt = followed(kind)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr("lwas_fast.measure.routes.by_autograd", fails)
+    x, y = batches(1, torch.float32)[0]
+    out = model(x)
+    loss, ref = F.cross_entropy(out, y), weakref.ref(out)
+    loss.backward()
+    opt.step()
+    del loss, out
+    assert ref() is None
+    opt.zero_grad()
+    steps(opt, model, [(x, y)])
+    assert opt.measured_by == "replay"
