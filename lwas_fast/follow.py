@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
 from lwas_fast.measure import Call, Seen, watch, with_graph
+from lwas_fast.measure.products import leaves_of
 from lwas_fast.says import warn
+from lwas_fast.shards import mesh_of
 from lwas_fast.wrappers import (
     EAGER,
     PLAIN_ATTENTION,
@@ -141,17 +143,20 @@ class Following:
         for earlier in _followers(root):
             if not earlier.params.isdisjoint(self.params):
                 earlier.give_up()
+        self._sharded = any(mesh_of(param) is not None for param in self.params)
         self._root, self._owner = weakref.ref(root), Owner(**{k: weakref.WeakMethod(v) for k, v in owner.items()})
         self._given_model = weakref.ref(model)
         self._has_rnn = any(isinstance(part, nn.RNNBase) for part in root.modules())
         self._has_norms = any(isinstance(p, _BatchNorm) and p.track_running_stats for p in root.modules())
         self._norms_seen = self._stepped = self._inside = self.pinned = self.restored = False
         self.trained = self.due = True
-        self.replays = False
+        self.replays = self._sharded  # what gathers shards has none
         self._calls: list[Call | None] = []  # of the model, since the last loss; None of one that is not needed again
         self._given: dict[int, tuple[Any, Any]] = {}  # averages that were handed out, while they live
         handles = [
-            entry.register_forward_pre_hook(self, with_kwargs=True) for entry in dict.fromkeys(_entries(root, DEPTH))
+            # First, for FSDP2's hook gathers the weights that this one may change.
+            entry.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
+            for entry in dict.fromkeys(_entries(root, DEPTH))
         ]
         for part in root.modules():
             if part._parameters:
@@ -160,8 +165,13 @@ class Following:
         compiled = [part for part in layers_of(model) if is_compiled(part)]
         handles += [part.register_forward_pre_hook(_Hook(self._before_compiled)) for part in compiled]
         self._compiled: bool | None = True if compiled else None  # not known
-        ddp = [part for part in layers_of(model) if isinstance(part, DistributedDataParallel)]
-        self._ddp = weakref.ref(ddp[0]) if ddp else None
+        self._handles = handles
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        for part in layers_of(model):
+            if isinstance(part, DistributedDataParallel):
+                self._wrapped(part)
+        self._opened: weakref.ref[nn.Module] | None = None  # what was called last, of which the output is watched
+        self._reached: set[Tensor] = set()  # leaves that its output came from
         self._called = False  # in training mode, since the last step
         if not isinstance(train := root.__dict__.get("train"), _Train):
             train = root.__dict__["train"] = _Train(self._root)
@@ -197,8 +207,8 @@ class Following:
 
     def _act(self, module: nn.Module, training: bool, args: Any, kwargs: Any) -> None:
         hold, place = self._owner.hold(), self._owner.place()
-        if self._inside and module is self._root():  # an interrupt kept the last call from leaving
-            self._leave()
+        if self._inside and module is self._root() and (self._opened is None or self._opened() is module):
+            self._leave()  # an interrupt kept the last call from leaving
         if hold is None or place is None or self.pinned or self._inside or getattr(module, "_is_replica", False):
             return
         place(True)
@@ -243,7 +253,8 @@ class Following:
         # Trainers wrap the model when the optimizer has been made.
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if wrapper is not None:
-            self._ddp = weakref.ref(wrapper)
+            self._wrapped(wrapper)
+        self._opened = weakref.ref(module)
         call = Call(module, args, kwargs, list(self.params)) if self.replays else None
         if call is None:
             run_eagerly(id(self), True)  # parts of it, and the loss, may be compiled
@@ -255,6 +266,8 @@ class Following:
             if call is not None:
                 call.returned(with_graph(output))
             self._calls = [*self._calls, call][-2:]  # more than one is of no use
+            if self._sharded:
+                self._reached.update(*(leaves_of(tensor) for tensor in with_graph(output)))
             watch.watch(self, output)
 
         handle = module.register_forward_hook(done, always_call=True)
@@ -291,21 +304,28 @@ class Following:
 
     def wants(self, leaves: set[Tensor]) -> bool:
         """See `watch.Watcher`."""
-        return not self.params.isdisjoint(leaves)
+        return not (self.params.isdisjoint(leaves) and self._reached.isdisjoint(leaves))
 
     def see(self, loss: Tensor, scaler: Any, keep: bool) -> bool:
         """See `watch.Watcher`."""
         see, calls, self._calls = self._owner.see(), self._calls, []
-        return see is not None and see(Seen(loss, scaler, self._of_ddp(), keep), calls)
+        return see is not None and see(Seen(loss, scaler, self.ddp(), keep), calls)
 
-    def _of_ddp(self) -> DistributedDataParallel | None:
+    def ddp(self) -> DistributedDataParallel | None:
+        """What averages the gradients over replicas, if anything does."""
         return None if self._ddp is None else self._ddp()
+
+    def _wrapped(self, ddp: DistributedDataParallel) -> None:
+        """Note what the model is in. Its output is what to watch: its own functions may stand behind the model's."""
+        if self.ddp() is not ddp:
+            self._ddp = weakref.ref(ddp)
+            self._handles.append(ddp.register_forward_pre_hook(self, prepend=True, with_kwargs=True))
 
     def after_step(self, due: bool, unheard: bool) -> None:
         """Note that a step was taken, and whether the next is to be measured, or may turn out to be."""
         if self.due:
             self._leave()  # an interrupt may have kept it from leaving
-            self._calls = []
+            self._calls, self._reached = [], set()
             watch.unwatch(self)
             if not self._called:  # nobody told us that it is compiled, but no hook was called; unless that was no help
                 self._compiled = True if self._compiled is None else self._compiled and id(self) not in EAGER

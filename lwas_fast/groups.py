@@ -39,7 +39,17 @@ def _checked_parameters(param_group: dict[str, Any], number: int) -> dict[str, A
             (param.is_complex(), "complex", "optimize torch.view_as_real of it"),
             (param.layout != torch.strided, "sparse", "make it dense"),
             (not param.is_floating_point() and not param.is_complex(), "not floating-point", "leave it out"),
-            (hasattr(param, "device_mesh"), "a DTensor, which is not supported yet", "use DDP and opt.step(closure)"),
+            (
+                any(place.is_partial() for place in getattr(param, "placements", ())),
+                "a DTensor of parts that are to be summed up",
+                "redistribute it, to Shard or Replicate",
+            ),
+            (
+                type(param).__name__ == "FlatParameter" or hasattr(param, "_fsdp_flattened"),
+                "part of FullyShardedDataParallel (FSDP1), which hides whose layer's it is",
+                "use fully_shard (FSDP2)",
+            ),
+            (hasattr(param, "ds_id"), "part of DeepSpeed's ZeRO-3", "use fully_shard (FSDP2)"),
         ):
             if bad:
                 raise ValueError(f"parameter {name} is {kind}: {remedy}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lwas_fast.selection import HALF, Selection, state_dtype
+from lwas_fast.shards import Shards, mesh_of
 from lwas_fast.table import Column
 
 Groups: TypeAlias = "Sequence[dict[str, Any]]"
@@ -99,7 +100,7 @@ def layer_names(params: Sequence[Tensor], names: Sequence[str] | None, rule: Gro
 
 @dataclass
 class Bucket:
-    """The layers of one parameter group on one device; a rate never spans two of them.
+    """The layers of one parameter group on one device and one mesh; a rate never spans two of them.
 
     Attributes:
         group: Index of the parameter group.
@@ -110,6 +111,7 @@ class Bucket:
         decays: For each parameter, whether weight decay acts on it.
         steps: (N,) float32, the updates that each parameter has had.
         counts: Views of `steps`, one for each parameter.
+        mesh: The ``DeviceMesh`` over which the parameters are distributed; None where they are this process's own.
     """
 
     group: int
@@ -120,6 +122,7 @@ class Bucket:
     decays: list[bool]
     steps: Tensor
     counts: list[Tensor]
+    mesh: Any = None
     _selections: dict[tuple[int, ...], Selection] = field(default_factory=dict)
 
     def select(self, indices: Sequence[int]) -> Selection:
@@ -149,7 +152,9 @@ class Bucket:
         owner = upload(layer, torch.int64, device)
         places = slice(None) if len(indices) == len(self.params) else upload(indices, torch.int64, device)
         params = [self.params[i] for i in indices]
-        return Selection(indices, params, which, layer, index, owner, places, elements, where, decays, self.table.dtype)
+        shards = None if self.mesh is None else Shards(self.mesh, params)
+        dtype = self.table.dtype
+        return Selection(indices, params, which, layer, index, owner, places, elements, where, decays, dtype, shards)
 
 
 class Layout:
@@ -180,7 +185,7 @@ class Layout:
         Laid out when first asked for, that is late: a model may move to its device after the optimizer was made.
 
         Raises:
-            ValueError: A layer's tensors are on two devices.
+            ValueError: A layer's tensors are on two devices or meshes.
         """
         return [bucket for number in range(len(self.groups)) for bucket in self._buckets_of(number)]
 
@@ -260,16 +265,20 @@ class Layout:
 
     def _buckets_of(self, number: int) -> Iterator[Bucket]:
         group = self.groups[number]
-        devices: dict[torch.device, list[int]] = {}
-        home: dict[str, torch.device] = {}
+        places: dict[tuple[torch.device, Any], list[int]] = {}
+        home: dict[str, tuple[torch.device, Any]] = {}
         for i, (param, layer) in enumerate(zip(group["params"], group["layer_names"], strict=True)):
-            if home.setdefault(layer, param.device) != param.device:
-                raise ValueError(
-                    f"layer {layer!r} has tensors on {home[layer]} and on {param.device}; "
-                    "give them layers of their own through layers="
+            place = param.device, mesh_of(param)
+            if home.setdefault(layer, place) != place:
+                one, other = (
+                    str(where) if mesh is None else f"{where}, distributed over {mesh}"
+                    for where, mesh in (home[layer], place)
                 )
-            devices.setdefault(param.device, []).append(i)
-        for device, members in devices.items():
+                raise ValueError(
+                    f"layer {layer!r} has tensors on {one} and on {other}; give them layers of their own through layers="
+                )
+            places.setdefault(place, []).append(i)
+        for (device, mesh), members in places.items():
             layers = [group["layer_names"][i] for i in members]
             rows = {name: r for r, name in enumerate(dict.fromkeys(layers))}
             members = [i for _, i in sorted(zip(map(rows.__getitem__, layers), members, strict=True))]
@@ -286,4 +295,4 @@ class Layout:
                     counts[i].copy_(self.state[param]["step"])
                     self.state[param] |= {"layer": table[r], "step": counts[i]}
             decays = [group.get("weight_decay_on") != "matrices" or param.ndim > 1 for param in params]
-            yield Bucket(number, params, row, list(rows), table, decays, steps, counts)
+            yield Bucket(number, params, row, list(rows), table, decays, steps, counts, mesh)

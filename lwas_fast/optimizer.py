@@ -162,18 +162,21 @@ class LayerwiseOptimizer(WithAverage):
         following = self._now.following
         if not waits and self._due() and following is not None:
             self._now.measured = None
-            can_replay = len(calls) == 1 and seen.ddp is None and not seen.keep
+            can_replay = len(calls) == 1 and not seen.keep
             call = calls[0] if can_replay else None
+            if call is not None and seen.ddp not in (None, call.module):  # made before the model was wrapped
+                call = None
             if call is not None:
                 found, accumulated = measure.replayed(self._subject, seen, call)
             else:
                 found, accumulated = measure.in_passing(self._subject, seen)
+            failure = found if isinstance(found, Exception) else found.failure
             if not isinstance(found, Exception):
                 self._take(found, "loss.backward" if call is None else "replay")
-            elif can_replay and not following.replays:
+            if failure is not None and self._now.measured is None and can_replay and not following.replays:
                 following.replays = True  # the next step is due
-            else:
-                self._say(found)
+            elif failure is not None:
+                self._say(failure)
         self._now.window.micro_batches = number
         return accumulated
 
@@ -248,13 +251,15 @@ class LayerwiseOptimizer(WithAverage):
                 p.grad is grad and grad._version <= version + 1
                 for (p, grad), version in zip(stood.items(), versions, strict=True)
             )
-            found = measure.again(self._subject(), closure, value, replay, 1.0, start, accumulated)
+            ddp = None if self._now.following is None else self._now.following.ddp()
+            found = measure.again(self._subject(), closure, value, replay, 1.0, start, accumulated, ddp)
             self._take(found, "opt.step")
         return value
 
     def _take(self, found: measure.Measurement, route: str) -> None:
         self._now.measured = rates.refreshed(found, self.param_groups, self._now.plans)
-        self._now.route = route
+        if self._now.measured is not None:
+            self._now.route = route
 
     def _warn_of_lr(self, groups: list[dict[str, Any]]) -> None:
         self._now.warned_of_lr = self._now.warned_of_lr or any(map(options.warn_of_lr, groups))

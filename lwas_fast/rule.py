@@ -29,7 +29,10 @@ class Scaling(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What of a bucket takes a step: the tensors that have a gradient, their hyperparameters, states and gradients."""
+    """What of a bucket takes a step: the tensors that have a gradient, their hyperparameters, states and gradients.
+
+    Of sharded tensors states and gradients are what this process holds.
+    """
 
     bucket: Bucket
     selection: Selection
@@ -43,7 +46,7 @@ class Here(NamedTuple):
 
     Attributes:
         states: The optimizer's; zeros before a parameter's first step.
-        weights: The parameters, in the dtype of their state.
+        weights: The parameters (of sharded ones what this process holds), in the dtype of their state.
         gradients: Theirs, of the loss to be minimised, likewise.
         decays: Positions of those that weight decay acts on.
         steps: The number (N,) of their next update, in the dtype of the statistics.
@@ -59,15 +62,14 @@ class Here(NamedTuple):
 
 
 class Moving:
-    """What `Rule.advance` works on: gradients, weights, and which elements take part. Making it counts the step.
+    """What `Rule.advance` works on: gradients, weights, and which elements take part.
 
     Attributes:
         gradients: Ascent gradients of the loss to be minimised. Not to be changed: they may be the user's.
         weights: The parameters in their state's dtype. Not to be changed by `Rule.advance`.
         decays: Positions of those that weight decay acts on.
         steps: How many steps each has taken with this one (N,); a number where it is known that all have taken as many.
-        moves: (S,) bool, whether anything of a layer moves; True where it is known that everything does.
-        skips: (S,) bool, whether elements of it are left alone; False likewise.
+        alive: How many elements of each take part (N,); None if it is known that all do.
         squares: The squared norms (N,) of the gradients if all elements take part and that is known, else None.
         factors: What the directions that `Rule.advance` returns are to be multiplied by, a number or one a tensor like
             `steps`. A rule may set it, which spares it a pass over them.
@@ -77,21 +79,15 @@ class Moving:
         selection, counts = part.selection, part.bucket.steps
         self.gradients, self.weights, self.decays = gradients, weights, selection.decays
         self.factors: Tensor | float = 1.0
-        self.moves: Tensor | bool = True
-        self.skips: Tensor | bool = False
+        self.alive: Tensor | None = None
         self.squares = _squares_if_all_finite(selection, gradients, scaling.found_inf)
-        if self.squares is not None:
-            counts[selection.places] += 1
-        else:
+        if self.squares is None:
             # The square: a second moment must not become infinite either.
             self._finite = [gradient.square().isfinite() for gradient in gradients]
             if scaling.found_inf is not None:
                 self._finite = [finite & (scaling.found_inf.to(finite.device) == 0) for finite in self._finite]
-            alive = selection.per_layer(torch.stack([finite.sum() for finite in self._finite]))
-            self.skips = alive < selection.elements
-            self.moves = (alive > 0) | ~self.skips
-            counts[selection.places] += selection.of_tensors(self.moves)
-        counts = counts[selection.places]
+            self.alive = torch.stack([finite.sum() for finite in self._finite])
+        counts = counts[selection.places] + 1
         self.steps: Tensor | float = counts.to(selection.dtype)
         if counts.is_cpu:
             least, most = (number.item() for number in counts.aminmax())

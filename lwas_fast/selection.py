@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lwas_fast.shards import Shards, local
+
 # A layer's weights may start at zero (biases, the last layer of a residual branch): relative to its own norm it
 # could never move. Its root mean square counts as this much at least (in the manner of Adafactor's epsilon_2).
 RMS_FLOOR = 1e-2
@@ -50,6 +52,7 @@ class Selection:
             whether weight decay acts on it (0 or 1).
         decays: Positions in `params` of those that it acts on.
         dtype: The table's.
+        shards: Where other processes hold parts of these tensors; None where they do not.
     """
 
     indices: tuple[int, ...]
@@ -63,11 +66,22 @@ class Selection:
     where: Tensor
     decays: list[int]
     dtype: torch.dtype
+    shards: Shards | None = None
+
+    @property
+    def here(self) -> list[Tensor]:
+        """What this process holds of each tensor: the tensor itself, or its shard."""
+        return self.params if self.shards is None else [local(param) for param in self.params]
 
     @cached_property
     def counts(self) -> Tensor:
         """(S,) `elements` in the table's dtype."""
         return self.elements.to(self.dtype)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """(N,) int64, elements of each tensor, of what is `here`."""
+        return torch.tensor([param.numel() for param in self.here], device="cpu").to(self.elements.device)
 
     @cached_property
     def floor(self) -> Tensor:
@@ -77,14 +91,14 @@ class Selection:
     @cached_property
     def blocks(self) -> list[slice]:
         """The tensors in parts of about `BLOCK` elements, which stay in a CPU's cache; elsewhere one part."""
-        ends = np.cumsum([param.numel() for param in self.params])
+        ends = np.cumsum([param.numel() for param in self.here])
         cuts = (np.flatnonzero(np.diff(ends // BLOCK)) + 1).tolist() if self.params[0].is_cpu else []
         return [slice(i, j) for i, j in pairwise([0, *cuts, len(ends)])]
 
     @cached_property
     def _starts(self) -> list[tuple[Any, Any]]:
         """Of each block, which tensors are not empty, and where these start; none if long or not on a CPU."""
-        sizes = np.array([param.numel() for param in self.params])
+        sizes = np.array([param.numel() for param in self.here])
         if not self.params[0].is_cpu or not 0 < sizes.sum() <= FEW * (sizes > 0).sum():
             return []
         full = [at.start + np.flatnonzero(sizes[at]) for at in self.blocks]
@@ -92,7 +106,7 @@ class Selection:
         return [(which, starts[which] - starts[at.start]) for at, which in zip(self.blocks, full, strict=True)]
 
     def squared_norms(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The squared norms (N,) of tensors shaped like the parameters, in the table's dtype."""
+        """The squared norms (N,) of tensors shaped like those `here`, in the table's dtype."""
         if not self._starts:
             return squared_norms(tensors, self.dtype)
         found = np.zeros(len(tensors))
@@ -107,6 +121,15 @@ class Selection:
         if len(self.index) == len(self.params):  # each is a layer
             return values
         return torch.cat([values, torch.zeros_like(values[:1])])[self.index].sum(1)
+
+    def over_all(self, values: Tensor) -> Tensor:
+        """Sum numbers of tensors (N, ...), of what is `here`, to numbers of whole layers (S, ...).
+
+        The same on all processes. One message where tensors are sharded.
+        """
+        if self.shards is None:
+            return self.per_layer(values)
+        return self.shards.add(self.per_layer(self.shards.share(values)))
 
     def of_tensors(self, values: Tensor) -> Tensor:
         """The numbers (N,) of the tensors' layers: (S,) -> (N,)."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lwas_fast import follow, measure, update, wrappers
+from lwas_fast import follow, measure, shards, update, wrappers
 from lwas_fast.base import WithLayers
 from lwas_fast.says import warn
 
@@ -107,6 +107,8 @@ class WithAverage(WithLayers):
     def _hold(self, training: bool) -> None:
         self._place()
         update.swap(self.param_groups, self.state, self.rule, training)
+        if any(bucket.mesh is not None for bucket in self._layout.buckets):
+            shards.reshard(self._model())
         self._note_held()
 
     def _average_of(self, param: Tensor) -> Tensor | None:
@@ -142,8 +144,8 @@ class WithAverage(WithLayers):
                 for key, param in zip(group["params"], mine["params"], strict=True):
                     if key in saved["state"]:
                         saved["state"][key] = update.with_rounded(self.rule, mine, saved["state"][key], param)
-            if any("offset" in self.state.get(param, {}) for param in mine["params"]):
-                group["samples"] = update.samples(self.rule, mine, self.state)
+            if known := update.samples(self.rule, mine, self.state):
+                group["samples"] = known
             group["train_mode"] = mine["train_mode"] and self._now.following is None
         return saved
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lwas_fast.measure.buffers import buffers_kept
 from lwas_fast.measure.probes import Probe, Products, passes, shares
+from lwas_fast.shards import like, local, reshard
 
 # Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
 # balances rounding (weights and gradients keep that many digits) against the third derivative.
@@ -78,6 +79,18 @@ def _displaced(params: Sequence[Tensor], directions: Sequence[Tensor], eps: Sequ
         torch.clear_autocast_cache()
 
 
+@contextmanager
+def _gathered_anew(sharded: bool, model: nn.Module | None) -> Iterator[None]:
+    """Have FSDP2 gather the weights that it finds inside, and others after."""
+    if sharded:
+        reshard(model)
+    try:
+        yield
+    finally:
+        if sharded:
+            reshard(model)
+
+
 def _step_lengths(probe: Probe) -> Tensor:
     """(S,), the eps that each layer's direction is multiplied by; 0 where there is no direction."""
     relative, reach = max(_RELATIVE.get(p.dtype, 1e-3) for p in probe.selection.params), probe.reach()
@@ -120,13 +133,15 @@ def by_differences(
     of_tensor = [probe.selection.per_tensor(e) for probe, e in zip(probes, eps, strict=True)]
     found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
     before = {leaf: leaf.grad.clone() for leaf in leaves if leaf.grad is not None}
+    sharded = any(probe.bucket.mesh is not None for probe in probes)
     for members in passes(probes, estimator):
-        moved = [probes[p].selection.params[i] for p, i in members]
+        moved = [local(probes[p].selection.params[i]) for p, i in members]
         along = [probes[p].vectors.directions[i] for p, i in members]
         eps_of = [of_tensor[p][i] for p, i in members]
         with (
             _gradients_kept(leaves, before, start),
             _displaced(moved, along, eps_of),
+            _gathered_anew(sharded, model),
             buffers_kept(leaves, model),
             replay.again(),
         ):
@@ -145,4 +160,5 @@ def _difference(probe: Probe, i: int, before: dict[Tensor, Tensor]) -> Tensor:
     param, direction = probe.selection.params[i], probe.vectors.directions[i]
     if param.grad is None or param not in before:  # the evaluations differ in more than the weights: no number
         return torch.full_like(direction, torch.nan)
-    return param.grad.to(direction.dtype) - before[param].to(direction.dtype)
+    after, base = like(param, param.grad), like(param, before[param])
+    return after.to(direction.dtype) - base.to(direction.dtype)

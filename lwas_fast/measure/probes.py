@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lwas_fast import shards
 from lwas_fast.layers import Bucket, Layout
 from lwas_fast.rule import Here, Rule, Scaling, with_decay
 from lwas_fast.selection import Selection, squared_norms, state_dtype
@@ -104,10 +105,10 @@ class Probe:
     def reach(self) -> Tensor:
         """(S,), what makes each layer's direction as long as its weights; infinite where there is no direction."""
         selection, directions, dtype = self.selection, self.vectors.directions, self.bucket.table.dtype
-        weights = [w.detach().to(d.dtype) for w, d in zip(selection.params, directions, strict=True)]
-        size = selection.per_layer(squared_norms(weights, dtype)).maximum(selection.floor.square())
-        along = selection.per_layer(squared_norms(directions, dtype))
-        return torch.where(along > 0, (size / along).sqrt(), torch.inf)
+        weights = [w.detach().to(d.dtype) for w, d in zip(selection.here, directions, strict=True)]
+        squares = torch.stack([squared_norms(tensors, dtype) for tensors in (weights, directions)], 1)
+        size, along = selection.over_all(squares).unbind(1)
+        return torch.where(along > 0, (size.maximum(selection.floor.square()) / along).sqrt(), torch.inf)
 
 
 class Products(NamedTuple):
@@ -130,12 +131,14 @@ class Measurement(NamedTuple):
         probes: What was measured along, of those that had a gradient.
         products: For each probe, the Hessian times its directions.
         replicas: The processes whose products, each of its share of the batch, are to be averaged.
+        failure: Why this process could not measure, while its replicas may have; then there are no products.
     """
 
     due: list[int]
     probes: list[Probe]
     products: list[Products]
     replicas: ProcessGroup | None = None
+    failure: Exception | None = None
 
 
 def draw_signs(seed: int, step: int, count: int) -> list[float]:
@@ -187,7 +190,7 @@ def make_probes(
         factor, of_product = (-scale, -of_products) if group["maximize"] else (scale, of_products)
         as_is = isinstance(factor, float) and factor == 1.0
         dtypes = [state_dtype(p) for p in selection.params]
-        raw = [gradients[p].detach() for p in selection.params]
+        raw = [shards.like(p, gradients[p].detach()) for p in selection.params]
         scaled = [g.to(dtype) if as_is else g.to(dtype) * factor for g, dtype in zip(raw, dtypes, strict=True)]
         here = _here(layout, bucket, selection, scaled, [-own[layer] for layer in selection.layer])
         used, directions = subject.rule.directions(group, here)
@@ -196,6 +199,7 @@ def make_probes(
         l2 = 0.0 if subject.rule.decoupled else group["weight_decay"]
         if last is not None:
             parts = [last[p].detach() if p in last else torch.zeros_like(p) for p in selection.params]
+            parts = list(map(shards.like, selection.params, parts))
             used = [g.to(dtype) * of_product for g, dtype in zip(parts, dtypes, strict=True)]
             used = with_decay(used, here.weights, here.decays, l2)
         acting = {selection.layer[i] for i in selection.decays}
@@ -208,10 +212,22 @@ def make_probes(
     return probes
 
 
+def blank_probes(subject: Subject, loss: Tensor) -> list[Probe]:
+    """The probes that `make_probes` gives for the gradients in ``.grad``, without directions."""
+    found = []
+    for bucket in subject.layout.buckets:
+        present = [i for i, p in enumerate(bucket.params) if p.grad is not None]
+        if present and bucket.group in subject.due:
+            selection, size = bucket.select(present), loss.detach().reshape(()).abs().to(bucket.table)
+            none = [0.0] * len(selection.elements)
+            found.append(Probe(bucket, selection, Vectors(None, []), none, 1.0, size, none, subject.rule.max_fall))
+    return found
+
+
 def _here(layout: Layout, bucket: Bucket, selection: Selection, gradients: list[Tensor], factors: list[float]) -> Here:
     return Here(
-        [layout.state_of(bucket, i) for i in selection.indices],
-        [p.detach().to(state_dtype(p)) for p in selection.params],
+        [shards.local_state(layout.state_of(bucket, i)) for i in selection.indices],
+        [p.detach().to(state_dtype(p)) for p in selection.here],
         gradients,
         selection.decays,
         torch.stack([bucket.counts[i] for i in selection.indices]).to(selection.dtype) + 1,
@@ -224,12 +240,12 @@ def squared_lengths(layout: Layout, rule: Rule, probe: Probe, scaling: Scaling) 
     """(S,), the squared norms of a probe's directions as the gradients in ``.grad`` now have them."""
     selection = probe.selection
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in selection.params]
-    gradients = [g.to(state_dtype(p)) for g, p in zip(gradients, selection.params, strict=True)]
+    gradients = [shards.like(p, g).to(state_dtype(p)) for g, p in zip(gradients, selection.params, strict=True)]
     if scaling.grad_scale is not None:
         gradients = list(torch._foreach_div(gradients, scaling.grad_scale.to(selection.elements.device).reshape(())))
     here = _here(layout, probe.bucket, selection, gradients, [1.0] * len(gradients))
     directions = rule.directions(layout.group_of(probe.bucket), here)[1]
-    return selection.per_layer(squared_norms(directions, probe.bucket.table.dtype))
+    return selection.over_all(squared_norms(directions, probe.bucket.table.dtype))
 
 
 # Of a layer dominated by another's terms only the root of the true ratio shows, so this should be small. But ordinary

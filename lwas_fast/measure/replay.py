@@ -73,17 +73,35 @@ def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
     try:
         call.check()
         subject = now()
-        slopes = torch.autograd.grad(loss, call.outputs, create_graph=True, allow_unused=True)
+        with _not_gathering(call.outputs):
+            slopes = torch.autograd.grad(loss, call.outputs, create_graph=True, allow_unused=True)
         start = {p: p.grad.clone() for p in subject.layout.params if p.grad is not None}
         loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
         accumulated = True
         scale = scale_of(loss, seen.scaler, subject.window)
         value = unscaled(loss, scale, subject.window)
         once_more = _second_call(call, slopes)
-        return Passing(again(subject, once_more, value, call.random, scale, start, bool(start)), accumulated)
+        found = again(subject, once_more, value, call.random, scale, start, bool(start), seen.ddp)
+        return Passing(found, accumulated)
     except Exception as error:
         error.__traceback__ = error.__context__ = error.__cause__ = None  # which hold the graph
         return Passing(error, accumulated)
+
+
+@contextmanager
+def _not_gathering(outputs: Sequence[Tensor]) -> Iterator[None]:
+    """Differentiate a loss by a model's outputs inside without FSDP2's hooks on them, which prepare its backward."""
+    taken = []
+    with torch._C.DisableTorchFunctionSubclass():
+        for hooks in filter(None, (output._backward_hooks for output in outputs)):
+            for key, hook in list(hooks.items()):
+                if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed"):
+                    taken.append((hooks, key, hooks.pop(key)))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook
 
 
 def _second_call(call: Call, slopes: Sequence[Tensor | None]) -> Callable[[], None]:
@@ -98,7 +116,8 @@ def _second_call(call: Call, slopes: Sequence[Tensor | None]) -> Callable[[], No
         change: Sequence[Tensor | None] = [None] * len(used)
         if live:
             curved, moved = zip(*live, strict=True)
-            change = torch.autograd.grad(curved, at, moved, retain_graph=True, allow_unused=True)
+            with _not_gathering(at):
+                change = torch.autograd.grad(curved, at, moved, retain_graph=True, allow_unused=True)
         new = [s.detach() if more is None else s.detach() + more for (_, s), more in zip(used, change, strict=True)]
         torch.autograd.backward([outputs[i] for i, _ in used], new)
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lwas_fast import shards
 from lwas_fast.errors import CurvatureError
 from lwas_fast.layers import check_dense
 from lwas_fast.measure.differences import Replay, by_differences
 from lwas_fast.measure.explain import explain
-from lwas_fast.measure.probes import Measurement, Subject, Window, make_probes
+from lwas_fast.measure.probes import Measurement, Subject, Window, blank_probes, make_probes
 from lwas_fast.measure.products import by_autograd, leaves_of, refuse_cut_graph
 from lwas_fast.measure.watch import unhooked
 from lwas_fast.parallel import ddp as parallel
 from lwas_fast.profiling import span
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _scalar(loss: object, what: str) -> Tensor:
@@ -65,8 +69,8 @@ def backward(
         value, found = _differences_of(now, forward, scaler)
     else:
         value, scaled = forward()
-        parallel.check(ddp)
         subject = now()
+        _check_autograd(subject, ddp)
         found = _autograd(subject, value, scaled, scale_of(value, scaler, subject.window), ddp)
     return value.detach(), found
 
@@ -148,6 +152,16 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor:
     return one + other.detach()
 
 
+def _check_autograd(subject: Subject, ddp: DistributedDataParallel | None) -> None:
+    """Refuse what has no gradient with a graph; CurvatureError. Nothing has been changed by then."""
+    if any(bucket.mesh is not None for bucket in subject.layout.buckets):
+        raise CurvatureError(
+            "the parameters are sharded (DTensor), and what gathers them has no second derivative: make the optimizer "
+            "with the model, so that loss.backward() measures by calling it once more, or use opt.step(closure)"
+        )
+    parallel.check(ddp)
+
+
 def _autograd(
     subject: Subject, value: Tensor, loss: Tensor, scale: Tensor | float, ddp: DistributedDataParallel | None
 ) -> Measurement:
@@ -204,13 +218,13 @@ def in_passing(now: Callable[[], Subject], seen: Seen) -> Passing:
     graph: dict[Tensor, Tensor] = {}
     handed_over: list[bool] = []
     try:
-        parallel.check(ddp)
+        subject = now()
+        _check_autograd(subject, ddp)
         if ddp is not None and keep:
             raise CurvatureError(
                 "under DistributedDataParallel a loss whose graph is kept (retain_graph=True, or a second optimizer on "
                 "it) cannot be measured: keep it not, or use one optimizer with two groups"
             )
-        subject = now()
         graph = _differentiate(loss)
         scale = scale_of(loss, scaler, subject.window)
         value = unscaled(loss.detach(), scale, subject.window)
@@ -221,7 +235,16 @@ def in_passing(now: Callable[[], Subject], seen: Seen) -> Passing:
     accumulated = bool(graph if ddp is None else handed_over) and not keep
     if accumulated and ddp is None:
         _accumulate(graph)
-    return Passing(found, accumulated)
+    if ddp is not None and isinstance(found, Exception):
+        if not accumulated:
+            loss.backward(retain_graph=keep)  # type: ignore[no-untyped-call]
+        found = without(now(), loss, ddp.process_group, found)
+    return Passing(found, accumulated or ddp is not None)
+
+
+def without(subject: Subject, loss: Tensor, replicas: ProcessGroup, failure: Exception) -> Measurement:
+    """What a process that could not measure, and has its gradients, hands on: its replicas wait for its numbers."""
+    return Measurement(subject.due, blank_probes(subject, loss), [], replicas, failure)
 
 
 def _differences_of(
@@ -253,6 +276,13 @@ def _differences_of(
     return value, found
 
 
+def _joint(subject: Subject, loss: Tensor, ddp: DistributedDataParallel | None) -> Tensor:
+    """A loss, in a distributed run averaged over the processes whose gradients are."""
+    if meshes := [bucket.mesh for bucket in subject.layout.buckets if bucket.mesh is not None]:
+        return shards.mean(loss, max(meshes, key=lambda mesh: mesh.size()))
+    return parallel.average_loss(loss, None if ddp is None else ddp.process_group)
+
+
 def evaluate(closure: Callable[[], Tensor | None]) -> Tensor | None:
     """Call a `step` closure and return the loss that it returns, or None; TypeError if that is something else."""
     with torch.enable_grad():
@@ -270,6 +300,7 @@ def again(
     scale: Tensor | float = 1.0,
     start: dict[Tensor, Tensor] | None = None,
     accumulated: bool = False,
+    ddp: DistributedDataParallel | None = None,
 ) -> Measurement:
     """Measure by differences of gradients, where a first evaluation of a closure has left its own.
 
@@ -281,6 +312,7 @@ def again(
         scale: What turns raw gradients and products into estimates of the window's.
         start: Gradients that it found in ``.grad`` when it started.
         accumulated: Whether it left them there, and added its own.
+        ddp: What averages the gradients, if that is known.
     """
     params = subject.layout.params
     gradients = {p: p.grad for p in params if p.grad is not None}
@@ -290,7 +322,8 @@ def again(
     with span("curvature"):
         start = start or {}
         own = {p: g - start[p] if p in start else g for p, g in gradients.items()} if accumulated else None
-        probes = make_probes(subject, gradients, scale, scale, parallel.average_loss(loss), own)
+        of_gradients = scale / (subject.window.micro_batches + 1) if accumulated else scale
+        probes = make_probes(subject, gradients, of_gradients, scale, _joint(subject, loss, ddp), own)
         estimator, model = subject.how["curvature"], subject.model
         products = by_differences(probes, lambda: evaluate(closure), replay, leaves, estimator, start, model)
     return Measurement(subject.due, probes, products)

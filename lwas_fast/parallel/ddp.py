@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 _CLOSURE = "or use opt.step(closure) with PyTorch's usual closure"
 
 
-def _replicas() -> int:
+def _replicas(group: ProcessGroup | None = None) -> int:
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there else 1
+    return torch.distributed.get_world_size(group) if there else 1
 
 
 def check(ddp: DistributedDataParallel | None) -> None:
@@ -43,6 +43,11 @@ def check(ddp: DistributedDataParallel | None) -> None:
     elif ddp.static_graph:
         raise CurvatureError(
             f"DistributedDataParallel's static_graph=True cannot be measured: leave it out, {_CLOSURE}"
+        )
+    elif ddp._join_config.enable:
+        raise CurvatureError(
+            "a rank that has left the context of DistributedDataParallel.join() takes no part in measurements: give "
+            "all ranks as many batches"
         )
 
 
@@ -73,13 +78,13 @@ def accumulate(graph: dict[Tensor, Tensor]) -> None:
     torch.autograd.backward(list(graph), [gradient.detach() for gradient in graph.values()])
 
 
-def average_loss(loss: Tensor) -> Tensor:
-    """A closure's loss, in a distributed run averaged over all processes, which take this step together."""
-    if _replicas() == 1:
+def average_loss(loss: Tensor, group: ProcessGroup | None) -> Tensor:
+    """A loss, in a distributed run averaged over a group, or over all processes, which then take this step together."""
+    if _replicas(group) == 1:
         return loss
     loss = loss.detach().clone()
-    torch.distributed.all_reduce(loss)
-    return loss / _replicas()
+    torch.distributed.all_reduce(loss, group=group)
+    return loss / _replicas(group)
 
 
 def average(sums: list[Tensor], group: ProcessGroup) -> list[Tensor]:

@@ -41,7 +41,10 @@ def _dot(direction: Tensor, other: Tensor | None) -> Tensor:
 
 
 def layer_sums(probe: Probe, products: Products) -> Tensor:
-    """Reduce vectors and their products with the Hessian to (S, len(Sums)), a row for each layer of the selection."""
+    """Reduce vectors and their products with the Hessian to (S, len(Sums)), a row for each layer of the selection.
+
+    Of sharded tensors to this process's share of these sums.
+    """
     gradients, directions = probe.vectors
     dtype = probe.bucket.table.dtype
 
@@ -54,7 +57,8 @@ def layer_sums(probe: Probe, products: Products) -> Tensor:
         Sums.CURVATURE: dot(products.tensors),
         Sums.SQUARE: square,
     }
-    sums = probe.selection.per_layer(torch.stack([of_tensors[column] for column in Sums], 1))
+    stacked, shards = torch.stack([of_tensors[column] for column in Sums], 1), probe.selection.shards
+    sums = probe.selection.per_layer(stacked if shards is None else shards.share(stacked))
     if gradients is not None:
         sums[:, Sums.DESCENT] *= -upload(probe.signs, dtype, sums.device)
     sums[:, Sums.CURVATURE] *= products.factor

@@ -40,7 +40,7 @@ class Plan:
         rows: list[int] = []
         tensor = layers = 0
         for bucket, selection in ((probe.bucket, probe.selection) for probe in probes):
-            for i, param, layer in zip(selection.indices, selection.params, selection.layer, strict=True):
+            for i, param, layer in zip(selection.indices, selection.here, selection.layer, strict=True):
                 if layers + layer == len(firsts):
                     firsts.append(len(chunks))
                     rows.append(bucket.table[bucket.row[i]].data_ptr())
@@ -228,12 +228,19 @@ def _fails(device: torch.device) -> str | None:
     return None
 
 
-def serves(group: dict[str, Any], bucket: Bucket) -> bool:
+def serves(group: dict[str, Any], probe: Probe) -> bool:
     """Whether the single launch takes a measurement into a bucket's rates; if not, plain torch does."""
-    if wants_plain(group):
+    bucket, shards = probe.bucket, probe.selection.shards
+    if wants_plain(group) or (shards is not None and not shards.even):
         return False
     float32 = bucket.table.dtype == torch.float32 and all(p.dtype in FUSED_DTYPES for p in bucket.params)
     return float32 and why_not(bucket.table.device) is None
+
+
+def at_once(probes: Sequence[Probe], groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether one launch takes in all probes, promises and all; of several, sums come back and are added up first."""
+    served = all(serves(group, probe) for probe, group in zip(probes, groups, strict=True))
+    return served and len({launch_key(probe) for probe in probes}) == 1
 
 
 def trial(device: torch.device) -> None:

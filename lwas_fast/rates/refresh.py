@@ -54,11 +54,17 @@ class Measured(NamedTuple):
 
 
 @torch.no_grad()
-def refreshed(measurement: Measurement, groups: Groups, plans: launch.Plans) -> Measured:
-    """Work out what the statistics of the layers are to become; nothing is changed but `plans`."""
+def refreshed(measurement: Measurement, groups: Groups, plans: launch.Plans) -> Measured | None:
+    """Work out what the statistics of the layers are to become; nothing is changed but `plans`.
+
+    None if this process could not measure, nor could any of its replicas. If some could, no layer has a number.
+    """
     probes = measurement.probes
     with span("rates"):
-        sums, rows = _found(measurement, [groups[probe.bucket.group] for probe in probes], plans)
+        found = _found(measurement, [groups[probe.bucket.group] for probe in probes], plans)
+    if found is None:
+        return None
+    sums, rows = found
     params = [param for probe in probes for param in probe.selection.params]
     gradients = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in params]
     bare = [replace(probe, vectors=Vectors(None, [])) for probe in probes]  # those need not wait for the step
@@ -162,28 +168,44 @@ def take_in(measured: Measured, groups: Groups, found_inf: Tensor | None) -> Out
     return outcome
 
 
-def _found(measurement: Measurement, groups: Groups, plans: launch.Plans) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """For each probe its sums and new rows; `groups` has its hyperparameters."""
+def _found(
+    measurement: Measurement, groups: Groups, plans: launch.Plans
+) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
+    """For each probe its sums and new rows; `groups` has its hyperparameters. None: see `refreshed`."""
+    probes, replicas = measurement.probes, measurement.replicas
+    alone = replicas is None and all(probe.bucket.mesh is None for probe in probes)
+    if alone and launch.at_once(probes, groups):
+        return launch.launch(probes, measurement.products, groups, plans)
+    if measurement.failure is None:
+        sums = _sums(measurement, groups, plans)
+    else:
+        sums = [torch.full((len(probe.signs), len(Sums)), torch.nan).to(probe.bucket.table) for probe in probes]
+    for p, probe in enumerate(probes):
+        if probe.selection.shards is not None:
+            sums[p] = probe.selection.shards.add(sums[p])
+    if replicas is not None and probes:
+        failed = torch.full_like(probes[0].loss, measurement.failure is not None)
+        *sums, loss, failed = ddp.average([*sums, probes[0].loss, failed], replicas)
+        if measurement.failure is not None and failed == 1:
+            return None
+        for probe in probes:
+            probe.loss = loss.to(probe.loss)
+    return sums, refresh(probes, sums, groups)
+
+
+def _sums(measurement: Measurement, groups: Groups, plans: launch.Plans) -> list[Tensor]:
+    """For each probe this process's sums; `groups` has its hyperparameters."""
     probes, products = measurement.probes, measurement.products
     together: dict[Any, list[int]] = {}
     apart: list[int] = []
     for p, (probe, group) in enumerate(zip(probes, groups, strict=True)):
-        if launch.serves(group, probe.bucket):
+        if launch.serves(group, probe):
             together.setdefault(launch.launch_key(probe), []).append(p)
         else:
             apart.append(p)
-    # Promises of all layers are added up: one launch does so itself, of several and of several processes come sums.
-    alone = measurement.replicas is None
-    if alone and not apart and len(together) == 1:
-        return launch.launch(probes, products, groups, plans)
     found = {p: layer_sums(probes[p], products[p]) for p in apart}
     for members in together.values():
         mine, theirs, options = ([x[p] for p in members] for x in (probes, products, groups))
         sums, _ = launch.launch(mine, theirs, options, plans, finish=False)  # type: ignore[arg-type]
         found.update(zip(members, sums, strict=True))
-    ordered = [found[p] for p in range(len(probes))]  # the same order on all replicas, whatever serves them
-    if measurement.replicas is not None and ordered:
-        *ordered, loss = ddp.average([*ordered, probes[0].loss], measurement.replicas)
-        for probe in probes:
-            probe.loss = loss.to(probe.loss)
-    return ordered, refresh(probes, ordered, groups)
+    return [found[p] for p in range(len(probes))]  # the same order on all replicas, whatever serves them

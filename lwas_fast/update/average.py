@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lwas_fast.layers import Groups, Layout
 from lwas_fast.rule import Rule
+from lwas_fast.shards import local, local_state, mesh_of
 
 State: TypeAlias = "Mapping[Tensor, dict[str, Any]]"
 
@@ -67,14 +68,15 @@ def swap(groups: Groups, state: State, rule: Rule, training: bool) -> None:
             for param in group["params"]:
                 if "offset" not in (of_param := state.get(param, {})):
                     continue
+                here, of_here = local(param), local_state(of_param)
                 if training:
-                    param.copy_(_trained(rule, group, of_param, param))
+                    here.copy_(_trained(rule, group, of_here, here))
                     for name in ROUNDED:
                         of_param.pop(name, None)
                 else:
-                    average = _average(rule, group, of_param, param)
-                    of_param |= rounded(rule, group, of_param, param, average)
-                    param.copy_(average)
+                    average = _average(rule, group, of_here, here)
+                    of_param |= rounded(rule, group, of_here, here, average)
+                    here.copy_(average)
         group["train_mode"] = training
 
 
@@ -135,8 +137,11 @@ def average_of(rule: Rule, group: dict[str, Any], state: State, param: Tensor) -
 
 @torch.no_grad()
 def with_rounded(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], param: Tensor) -> dict[str, Any]:
-    """A state as a checkpoint has it beside the average: with what rounding loses of the weights to train on."""
-    if not group["train_mode"] or "offset" not in of_param:
+    """A state as a checkpoint has it beside the average: with what rounding loses of the weights to train on.
+
+    Not of a sharded parameter, of which each process would have another number of them.
+    """
+    if not group["train_mode"] or "offset" not in of_param or mesh_of(param) is not None:
         return of_param
     return {**of_param, **rounded(rule, group, of_param, param, _average(rule, group, of_param, param))}
 
@@ -145,8 +150,8 @@ SAMPLES = 32
 
 
 def _sampled(group: dict[str, Any], state: State) -> list[tuple[Tensor, int]]:
-    """Up to so many elements of a group's parameters, spread over them: (parameter, position)."""
-    there = [p for p in group["params"] if "offset" in state.get(p, {}) and p.numel() > 0]
+    """Up to so many elements of a group's parameters, spread over them: (parameter, position). Of sharded ones none."""
+    there = [p for p in group["params"] if "offset" in state.get(p, {}) and p.numel() > 0 and mesh_of(p) is None]
     count = min(SAMPLES, sum(p.numel() for p in there))
     return [((p := there[i * len(there) // count]), i * 7919 % p.numel()) for i in range(count)]
 
@@ -189,7 +194,8 @@ def _shift(group: dict[str, Any], state: State, by: float) -> None:
     """Move parameters by so much of iterate minus average."""
     for param in group["params"]:
         if "offset" in (of_param := state.get(param, {})):
-            param.copy_(_moved(param, of_param["offset"], by))
+            here = local(param)
+            here.copy_(_moved(here, local(of_param["offset"]), by))
 
 
 def averaged(model: nn.Module, share: float = 0.05) -> AveragedModel:

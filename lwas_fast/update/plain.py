@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lwas_fast.rule import Moving, Part, Rule, Scaling, add_times, each
-from lwas_fast.selection import HALF, state_dtype
+from lwas_fast.selection import HALF, Selection, state_dtype
 from lwas_fast.table import Column
 from lwas_fast.update.control import control, stepped
 
@@ -26,7 +26,7 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
 
 def _step(rule: Rule, part: Part, scaling: Scaling) -> None:
     bucket, selection, group, states, gradients = part
-    weights = selection.params
+    weights = selection.here
     # Asked first, for `to` costs a microsecond also where it does nothing.
     if {p.dtype for p in weights} & set(HALF):
         weights = [p.to(state_dtype(p)) for p in weights]
@@ -47,9 +47,10 @@ def _step(rule: Rule, part: Part, scaling: Scaling) -> None:
         squares = selection.squared_norms(directions)
     if isinstance(moving.factors, Tensor) or abs(moving.factors) != 1:
         squares = squares * moving.factors**2
-    lengths, sizes = selection.per_layer(squares), selection.per_layer(selection.squared_norms(weights))
+    lengths, sizes, moves, skips = _of_layers(selection, moving, squares, selection.squared_norms(weights))
+    bucket.steps[selection.places] += 1 if moves is True else selection.of_tensors(moves)
     old, elements = bucket.table[selection.rows], selection.counts
-    table = stepped(old, sizes, elements, lengths, moving.moves, moving.skips, group["lr"], control(rule, group))
+    table = stepped(old, sizes, elements, lengths, moves, skips, group["lr"], control(rule, group))
     if scaling.found_inf is not None:
         bucket.table[selection.rows] = torch.where(scaling.found_inf.to(table.device) == 0, table, old)
     else:
@@ -67,7 +68,28 @@ def _step(rule: Rule, part: Part, scaling: Scaling) -> None:
         return
     moved = moving.to_change(weights)
     torch._foreach_addcmul_(moved, directions, rates)
-    moving.settle(selection.params, moved, weights)
+    moving.settle(selection.here, moved, weights)
+
+
+def _of_layers(
+    selection: Selection, moving: Moving, squares: Tensor, sizes: Tensor
+) -> tuple[Tensor, Tensor, Tensor | bool, Tensor | bool]:
+    """Sums over layers (S,): of squared lengths and sizes, whether anything moves, and whether anything is left alone.
+
+    A number of layers that is the same for all is one bool.
+    """
+    if selection.shards is None:
+        lengths, sizes = selection.per_layer(squares), selection.per_layer(sizes)
+        if moving.alive is None:
+            return lengths, sizes, True, False
+        alive = selection.per_layer(moving.alive)
+        skips = alive < selection.elements
+    else:  # doubles, which count exactly
+        lost = torch.zeros_like(squares) if moving.alive is None else selection.sizes - moving.alive
+        sums = selection.over_all(torch.stack([squares, sizes, lost], 1).double())
+        lengths, sizes, left_alone = sums.to(selection.dtype).unbind(1)
+        skips, alive = left_alone > 0, selection.elements - left_alone
+    return lengths, sizes, (alive > 0) | ~skips, skips
 
 
 def _move_averaged(part: Part, moving: Moving, directions: list[Tensor], rates: list[Tensor], beta: float) -> None:
@@ -75,7 +97,7 @@ def _move_averaged(part: Part, moving: Moving, directions: list[Tensor], rates: 
 
     A tensor's state holds its iterate minus its average; its weights are the average plus 1 - beta of that.
     """
-    params, weights = part.selection.params, moving.weights
+    params, weights = part.selection.here, moving.weights
     shares = 1 / moving.steps  # of the new iterate in the new average
     offsets = [state["offset"] for state in part.states]
     ahead, moved = moving.to_change(offsets), moving.to_change(weights)

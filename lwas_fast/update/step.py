@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 
+from lwas_fast import shards
 from lwas_fast.layers import Layout, check_dense
 from lwas_fast.profiling import span
 from lwas_fast.rule import Part, Rule, Scaling
@@ -16,7 +18,21 @@ from lwas_fast.update.compiled import compiled_step
 from lwas_fast.update.plain import plain_step
 
 
-def prepare(layout: Layout, rule: Rule) -> list[tuple[Part, bool]]:
+class Ready(NamedTuple):
+    """What is to take a step.
+
+    Attributes:
+        part: See `rule.Part`.
+        states: As `Layout.enter` takes them: whole ones.
+        compiled: Whether compiled code takes it.
+    """
+
+    part: Part
+    states: list[dict[str, Any]]
+    compiled: bool
+
+
+def prepare(layout: Layout, rule: Rule) -> list[Ready]:
     """Find what moves, and whether compiled code moves it; nothing is changed.
 
     Raises:
@@ -33,17 +49,21 @@ def prepare(layout: Layout, rule: Rule) -> list[tuple[Part, bool]]:
             group, selection = layout.group_of(bucket), bucket.select(present)
             check_state(layout, rule, group, selection.params[0])
             compiled = extension.serves(rule, group, bucket)
-            parts.append((Part(bucket, selection, group, layout.states_of(bucket, selection), gradients), compiled))
+            states = here = layout.states_of(bucket, selection)
+            if selection.shards is not None:
+                here = [shards.local_state(state) for state in states]
+                gradients = list(map(shards.like, selection.params, gradients))
+            parts.append(Ready(Part(bucket, selection, group, here, gradients), states, compiled))
     return parts
 
 
-def run(layout: Layout, rule: Rule, parts: Sequence[tuple[Part, bool]], scaling: Scaling) -> None:
+def run(layout: Layout, rule: Rule, parts: Sequence[Ready], scaling: Scaling) -> None:
     """Take the step, and count it in the groups that moved."""
-    numbers = {part.bucket.group for part, _ in parts}
+    numbers = {ready.part.bucket.group for ready in parts}
     follow(layout, rule, numbers)
-    layout.enter({part.selection: part.states for part, _ in parts})
+    layout.enter({ready.part.selection: ready.states for ready in parts})
     with span("update"):
-        for part, compiled in parts:
+        for part, _, compiled in parts:
             (compiled_step if compiled else plain_step)(rule, part, scaling)
     for number in numbers:
         layout.groups[number]["steps"] += 1

@@ -1,0 +1,115 @@
+"""Parameters of which each process holds a part: ``DTensor``, as FSDP2 (`fully_shard`) and tensor parallelism make it.
+
+All arithmetic is done on the parts. What it takes of the whole are sums over a layer, a few numbers each, which are
+added up over the processes in one message.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def mesh_of(tensor: Tensor) -> Any:
+    """The ``DeviceMesh`` over which a tensor is distributed; None where it is an ordinary one."""
+    return getattr(tensor, "device_mesh", None)
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in the same memory."""
+    return tensor if mesh_of(tensor) is None else tensor.to_local()  # type: ignore[attr-defined]
+
+
+def like(param: Tensor, tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that belongs to a parameter: its gradient, say.
+
+    Tensor parallelism may leave a gradient distributed otherwise than its parameter, also as parts of a sum.
+    """
+    if mesh_of(param) is None:
+        return tensor
+    if tensor.placements != param.placements:  # type: ignore[attr-defined]
+        tensor = tensor.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return local(tensor)
+
+
+def local_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state, of which each tensor is what this process holds."""
+    return {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+class Shards:
+    """How the tensors of a selection, all on one mesh, are spread over processes.
+
+    Args:
+        mesh: Theirs.
+        params: The tensors, DTensors all.
+
+    Attributes:
+        weights: For each tensor, one over the processes that hold the same part of it, where these add up their parts.
+        even: Whether that is 1 for all, as under FSDP2.
+    """
+
+    def __init__(self, mesh: Any, params: Sequence[Tensor]):
+        self.mesh = mesh
+        spread = [[not place.is_replicate() for place in p.placements] for p in params]  # type: ignore[attr-defined]
+        self._dims = [dim for dim in range(mesh.ndim) if any(places[dim] for places in spread)]
+        copies = [[mesh.size(dim) for dim in self._dims if not places[dim]] for places in spread]
+        self.weights = [1 / math.prod(sizes) for sizes in copies]
+        self.even = all(weight == 1 for weight in self.weights)
+
+    def share(self, values: Tensor) -> Tensor:
+        """This process's share in sums of numbers of tensors, (N, ...)."""
+        if self.even:
+            return values
+        weights = torch.tensor(self.weights, dtype=values.dtype, device="cpu").to(values.device)
+        return values * weights.view(-1, *[1] * (values.dim() - 1))
+
+    @cached_property
+    def groups(self) -> list[Any]:
+        """The process groups over which parts are added up, one after the other: one, most often."""
+        return _groups(self.mesh, self._dims)
+
+    def add(self, values: Tensor) -> Tensor:
+        """Sum numbers over the processes that hold parts; all get the same bits."""
+        return _summed(values, self.groups, self.mesh.device_type)
+
+
+def mean(values: Tensor, mesh: Any) -> Tensor:
+    """Average numbers over all processes of a mesh."""
+    return _summed(values, _groups(mesh, list(range(mesh.ndim))), mesh.device_type) / mesh.size()
+
+
+def _groups(mesh: Any, dims: list[int]) -> list[Any]:
+    if len(dims) == mesh.ndim > 1 and mesh.size() == torch.distributed.get_world_size():
+        return [torch.distributed.group.WORLD]
+    return [mesh.get_group(dim) for dim in dims if mesh.size(dim) > 1]
+
+
+def _summed(values: Tensor, groups: list[Any], device: str) -> Tensor:
+    there = values.detach().to(device, copy=True)  # of parameters that are kept on the CPU, too
+    for group in groups:
+        torch.distributed.all_reduce(there, group=group)
+    return there.to(values.device)
+
+
+def reshard(model: nn.Module | None) -> None:
+    """Have FSDP2 gather parameters anew when they are next needed, for they have been changed.
+
+    Args:
+        model: Whose; if that is not known, of every module that is alive.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    modules = gc.get_objects() if model is None else model.modules()
+    for module in modules:
+        if issubclass(type(module), fsdp.FSDPModule):  # by type(): the __class__ of a proxy may run anything
+            module.reshard()
