@@ -20,7 +20,7 @@ from torch.optim.swa_utils import update_bn
 from lwas_fast.measure import Call, Seen, watch, with_graph
 from lwas_fast.measure.products import leaves_of
 from lwas_fast.says import warn
-from lwas_fast.shards import mesh_of
+from lwas_fast.shards import mesh_of, version
 from lwas_fast.wrappers import (
     EAGER,
     PLAIN_ATTENTION,
@@ -148,7 +148,7 @@ class Following:
         self._given_model = weakref.ref(model)
         self._has_rnn = any(isinstance(part, nn.RNNBase) for part in root.modules())
         self._has_norms = any(isinstance(p, _BatchNorm) and p.track_running_stats for p in root.modules())
-        self._norms_seen = self._stepped = self._inside = self.pinned = self.restored = False
+        self._norms_seen = self._stepped = self._inside = self._in_backward = self.pinned = self.restored = False
         self.trained = self.due = True
         self.replays = self._sharded  # what gathers shards has none
         self._calls: list[Call | None] = []  # of the model, since the last loss; None of one that is not needed again
@@ -207,6 +207,8 @@ class Following:
 
     def _act(self, module: nn.Module, training: bool, args: Any, kwargs: Any) -> None:
         hold, place = self._owner.hold(), self._owner.place()
+        if self._in_backward:  # called once more, or for a checkpoint
+            return
         if self._inside and module is self._root() and (self._opened is None or self._opened() is module):
             self._leave()  # an interrupt kept the last call from leaving
         if hold is None or place is None or self.pinned or self._inside or getattr(module, "_is_replica", False):
@@ -284,9 +286,11 @@ class Following:
     def differentiable(self) -> Iterator[None]:
         """See `watch.Watcher`."""
         self._enter()
+        self._in_backward = True
         try:
             yield
         finally:
+            self._in_backward = False
             self._leave()
 
     def _enter(self) -> None:
@@ -345,12 +349,12 @@ class Following:
             # A tied tensor stays one.
             versions, given = self._given.get(id(param), (None, lambda: None))
             average = given()
-            if average is None or versions != (param._version, average._version):
+            if average is None or versions != (version(param), version(average)):
                 with torch.inference_mode(False):  # whose tensors have no version
                     average = average_of(param)
                 if average is None:
                     continue
-                self._given[id(param)] = (param._version, average._version), weakref.ref(average)
+                self._given[id(param)] = (version(param), version(average)), weakref.ref(average)
             saved[prefix + name] = average
 
     def _loads(self, module: nn.Module, saved: dict[str, Any], prefix: str, *_: Any) -> None:

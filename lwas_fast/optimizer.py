@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lwas_fast import groups, measure, options, rates, state, update, wrappers
+from lwas_fast import groups, measure, options, rates, shards, state, update, wrappers
 from lwas_fast.base import Now
 from lwas_fast.layers import Grouping
 from lwas_fast.rule import Scaling
@@ -154,10 +154,13 @@ class LayerwiseOptimizer(WithAverage):
         Nobody tells which micro-batch is a window's last. As many as the last window had are waited for, and where that
         is not known or there are more, each is measured, and the last measurement counts.
         """
-        if self._now.window.complete or not any(p.grad is not None for p in self._layout.params):
+        window = self._now.window
+        if window.complete or not (window.held_back or any(p.grad is not None for p in self._layout.params)):
             self._close_window()
         number = self._now.window.micro_batches + 1
-        waits = number < self._now.micro_batches or (seen.ddp is not None and not seen.ddp.require_backward_grad_sync)
+        unsynced = seen.ddp is not None and not seen.ddp.require_backward_grad_sync
+        held_back = shards.gradients_held_back(self._model())
+        waits = number < self._now.micro_batches or unsynced or held_back
         accumulated = False
         following = self._now.following
         if not waits and self._due() and following is not None:
@@ -177,7 +180,7 @@ class LayerwiseOptimizer(WithAverage):
                 following.replays = True  # the next step is due
             elif failure is not None:
                 self._say(failure)
-        self._now.window.micro_batches = number
+        self._now.window.micro_batches, self._now.window.held_back = number, held_back
         return accumulated
 
     def _say(self, failure: Exception) -> None:
@@ -242,13 +245,13 @@ class LayerwiseOptimizer(WithAverage):
             return measure.evaluate(closure)
         params, window = self._layout.params, self._now.window
         replay, stood = measure.Replay(params), {p: p.grad for p in params if p.grad is not None}
-        start, versions = {p: grad.clone() for p, grad in stood.items()}, [grad._version for grad in stood.values()]
+        start, versions = {p: grad.clone() for p, grad in stood.items()}, [shards.version(grad) for grad in stood.values()]
         value = measure.evaluate(closure)
         # The closure may have measured, by opt.backward or by the loss of a followed model.
         if self._now.measured is None and value is not None:
             # Whether it added to what stood there: a zero_grad, the optimizer's or the model's, leaves other traces.
             accumulated = window is self._now.window and all(
-                p.grad is grad and grad._version <= version + 1
+                p.grad is grad and shards.version(grad) <= version + 1
                 for (p, grad), version in zip(stood.items(), versions, strict=True)
             )
             ddp = None if self._now.following is None else self._now.following.ddp()

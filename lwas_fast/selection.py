@@ -122,14 +122,9 @@ class Selection:
             return values
         return torch.cat([values, torch.zeros_like(values[:1])])[self.index].sum(1)
 
-    def over_all(self, values: Tensor) -> Tensor:
-        """Sum numbers of tensors (N, ...), of what is `here`, to numbers of whole layers (S, ...).
-
-        The same on all processes. One message where tensors are sharded.
-        """
-        if self.shards is None:
-            return self.per_layer(values)
-        return self.shards.add(self.per_layer(self.shards.share(values)))
+    def share(self, values: Tensor) -> Tensor:
+        """Sum numbers of tensors (N, ...), of what is `here`, to this process's share in numbers of layers (S, ...)."""
+        return self.per_layer(values if self.shards is None else self.shards.share(values))
 
     def of_tensors(self, values: Tensor) -> Tensor:
         """The numbers (N,) of the tensors' layers: (S,) -> (N,)."""

@@ -28,6 +28,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if mesh_of(tensor) is None else tensor.to_local()  # type: ignore[attr-defined]
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; of a DTensor or its part, but torch._foreach_ leaves no trace on these."""
+    return tensor._version if mesh_of(tensor) is None else tensor._version + local(tensor)._version
+
+
 def like(param: Tensor, tensor: Tensor) -> Tensor:
     """What this process holds of a tensor that belongs to a parameter: its gradient, say.
 
@@ -77,9 +82,26 @@ class Shards:
         """The process groups over which parts are added up, one after the other: one, most often."""
         return _groups(self.mesh, self._dims)
 
-    def add(self, values: Tensor) -> Tensor:
-        """Sum numbers over the processes that hold parts; all get the same bits."""
-        return _summed(values, self.groups, self.mesh.device_type)
+
+def add_up(values: Sequence[Tensor], of: Sequence[Shards | None]) -> list[Tensor]:
+    """Sum tensors over the processes that hold parts of what they are of; all get the same bits.
+
+    Those of one mesh go in one message; what is not sharded is returned as it is.
+    """
+    found = list(values)
+    together: dict[Any, list[int]] = {}
+    for i, shards in enumerate(of):
+        if shards is not None and shards.groups:
+            together.setdefault((shards.mesh.device_type, *map(id, shards.groups)), []).append(i)
+    for members in together.values():
+        shards = of[members[0]]
+        assert shards is not None
+        dtype = torch.float64 if any(values[i].dtype == torch.float64 for i in members) else torch.float32
+        flat = torch.cat([values[i].detach().flatten().to(values[members[0]].device, dtype) for i in members])
+        flat = _summed(flat, shards.groups, shards.mesh.device_type)
+        for i, part in zip(members, flat.split([values[i].numel() for i in members]), strict=True):
+            found[i] = part.view_as(values[i]).to(values[i])
+    return found
 
 
 def mean(values: Tensor, mesh: Any) -> Tensor:
@@ -98,6 +120,17 @@ def _summed(values: Tensor, groups: list[Any], device: str) -> Tensor:
     for group in groups:
         torch.distributed.all_reduce(there, group=group)
     return there.to(values.device)
+
+
+def gradients_held_back(model: nn.Module | None) -> bool:
+    """Whether FSDP2 was told not to reduce gradients yet: ``set_requires_gradient_sync(False)``."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in () if fsdp is None or model is None else model.modules():
+        if issubclass(type(module), fsdp.FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            return any(group is not None and not group.reduce_grads for group in groups)
+    return False
 
 
 def reshard(model: nn.Module | None) -> None:

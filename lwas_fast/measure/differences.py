@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lwas_fast.measure.buffers import buffers_kept
-from lwas_fast.measure.probes import Probe, Products, passes, shares
+from lwas_fast.measure.probes import Probe, Products, passes, reach, shares
 from lwas_fast.shards import like, local, reshard
 
 # Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
@@ -91,10 +91,13 @@ def _gathered_anew(sharded: bool, model: nn.Module | None) -> Iterator[None]:
             reshard(model)
 
 
-def _step_lengths(probe: Probe) -> Tensor:
-    """(S,), the eps that each layer's direction is multiplied by; 0 where there is no direction."""
-    relative, reach = max(_RELATIVE.get(p.dtype, 1e-3) for p in probe.selection.params), probe.reach()
-    return torch.where(reach.isfinite(), relative * reach, 0.0)
+def _step_lengths(probes: Sequence[Probe]) -> list[Tensor]:
+    """For each probe (S,), the eps that a layer's direction is multiplied by; 0 where there is no direction."""
+    found = []
+    for probe, reaches in zip(probes, reach(probes), strict=True):
+        relative = max(_RELATIVE.get(p.dtype, 1e-3) for p in probe.selection.params)
+        found.append(torch.where(reaches.isfinite(), relative * reaches, 0.0))
+    return found
 
 
 def _least_share(probe: Probe) -> float:
@@ -111,6 +114,7 @@ def by_differences(
     estimator: str,
     start: dict[Tensor, Tensor],
     model: nn.Module | None,
+    own: dict[Tensor, Tensor] | None = None,
 ) -> list[Products]:
     """Take the products of each probe as differences of gradients; "blocks" evaluates once for each layer.
 
@@ -124,8 +128,9 @@ def by_differences(
         estimator: See `probes`.
         start: The gradients that the first evaluation found in ``.grad``.
         model: See `buffers_kept`.
+        own: The gradients of that evaluation alone, if ``.grad`` holds others (see `gradients_alone`).
     """
-    lengths = [_step_lengths(probe) for probe in probes]
+    lengths = _step_lengths(probes)
     eps = [
         length * share.clamp(min=_least_share(probe))
         for probe, length, share in zip(probes, lengths, shares(probes, estimator, lengths), strict=True)
@@ -148,11 +153,25 @@ def by_differences(
             with torch.enable_grad():
                 evaluate()
             for p, i in members:
-                found[p][i] = _difference(probes[p], i, before)
+                found[p][i] = _difference(probes[p], i, before if own is None else own)
     return [
         Products(tensors, torch.where(e > 0, probe.scale / e, 0.0))
         for probe, tensors, e in zip(probes, found, eps, strict=True)
     ]
+
+
+def gradients_alone(
+    evaluate: Callable[[], object], replay: Replay, leaves: Sequence[Tensor], model: nn.Module | None
+) -> dict[Tensor, Tensor]:
+    """What one more evaluation, where the parameters stand, gives leaves for gradients; all is put back.
+
+    In a distributed run micro-batches may be averaged over processes with a window's last one only, all at once.
+    """
+    before = {leaf: leaf.grad.clone() for leaf in leaves if leaf.grad is not None}
+    with _gradients_kept(leaves, before, {}), buffers_kept(leaves, model), replay.again():
+        with torch.enable_grad():
+            evaluate()
+        return {leaf: leaf.grad for leaf in leaves if leaf.grad is not None}
 
 
 @torch.no_grad()

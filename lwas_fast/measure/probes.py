@@ -36,6 +36,7 @@ class Window:
 
     micro_batches: int = 0  # how many went through `backward`
     complete: bool = False  # whether the last one did: `step` comes next
+    held_back: bool = False  # whether gradients of some are where nobody sees them yet
 
 
 class Subject(NamedTuple):
@@ -100,15 +101,6 @@ class Probe:
     def rows(self) -> Tensor:
         """The layers' statistics: (S, len(table.Column))."""
         return self.bucket.table[self.selection.rows]
-
-    @torch.no_grad()
-    def reach(self) -> Tensor:
-        """(S,), what makes each layer's direction as long as its weights; infinite where there is no direction."""
-        selection, directions, dtype = self.selection, self.vectors.directions, self.bucket.table.dtype
-        weights = [w.detach().to(d.dtype) for w, d in zip(selection.here, directions, strict=True)]
-        squares = torch.stack([squared_norms(tensors, dtype) for tensors in (weights, directions)], 1)
-        size, along = selection.over_all(squares).unbind(1)
-        return torch.where(along > 0, (size.maximum(selection.floor.square()) / along).sqrt(), torch.inf)
 
 
 class Products(NamedTuple):
@@ -236,16 +228,36 @@ def _here(layout: Layout, bucket: Bucket, selection: Selection, gradients: list[
 
 
 @torch.no_grad()
-def squared_lengths(layout: Layout, rule: Rule, probe: Probe, scaling: Scaling) -> Tensor:
-    """(S,), the squared norms of a probe's directions as the gradients in ``.grad`` now have them."""
-    selection = probe.selection
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in selection.params]
-    gradients = [shards.like(p, g).to(state_dtype(p)) for g, p in zip(gradients, selection.params, strict=True)]
-    if scaling.grad_scale is not None:
-        gradients = list(torch._foreach_div(gradients, scaling.grad_scale.to(selection.elements.device).reshape(())))
-    here = _here(layout, probe.bucket, selection, gradients, [1.0] * len(gradients))
-    directions = rule.directions(layout.group_of(probe.bucket), here)[1]
-    return selection.over_all(squared_norms(directions, probe.bucket.table.dtype))
+def squared_lengths(layout: Layout, rule: Rule, probes: Sequence[Probe], scaling: Scaling) -> list[Tensor]:
+    """For each probe (S,), the squared norms of its directions as the gradients in ``.grad`` now have them."""
+    found = []
+    for probe in probes:
+        selection = probe.selection
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in selection.params]
+        gradients = [shards.like(p, g).to(state_dtype(p)) for g, p in zip(gradients, selection.params, strict=True)]
+        if scaling.grad_scale is not None:
+            scale = scaling.grad_scale.to(selection.elements.device).reshape(())
+            gradients = list(torch._foreach_div(gradients, scale))
+        here = _here(layout, probe.bucket, selection, gradients, [1.0] * len(gradients))
+        directions = rule.directions(layout.group_of(probe.bucket), here)[1]
+        found.append(selection.share(squared_norms(directions, probe.bucket.table.dtype)))
+    return shards.add_up(found, [probe.selection.shards for probe in probes])
+
+
+@torch.no_grad()
+def reach(probes: Sequence[Probe]) -> list[Tensor]:
+    """For each probe (S,), what makes a layer's direction as long as its weights; infinite where there is none."""
+    squares = []
+    for probe in probes:
+        directions, dtype = probe.vectors.directions, probe.bucket.table.dtype
+        weights = [w.detach().to(d.dtype) for w, d in zip(probe.selection.here, directions, strict=True)]
+        both = torch.stack([squared_norms(tensors, dtype) for tensors in (weights, directions)], 1)
+        squares.append(probe.selection.share(both))
+    found = []
+    for probe, both in zip(probes, shards.add_up(squares, [p.selection.shards for p in probes]), strict=True):
+        size, along = both.unbind(1)
+        found.append(torch.where(along > 0, (size.maximum(probe.selection.floor.square()) / along).sqrt(), torch.inf))
+    return found
 
 
 # Of a layer dominated by another's terms only the root of the true ratio shows, so this should be small. But ordinary

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lwas_fast.measure.probes import Probe, Products, passes, power_of_two, shares
+from lwas_fast.measure.probes import Probe, Products, passes, power_of_two, reach, shares
 
 
 def _nodes(outputs: Iterable[Tensor]) -> Iterator[Node]:
@@ -75,7 +75,7 @@ def _into_range(probes: Sequence[Probe], estimator: str) -> list[Tensor]:
 
     A power of two, so that it rounds nothing where nothing leaves the range; the same for all that share a product.
     """
-    lengths = [_REACH * probe.reach() for probe in probes]
+    lengths = [_REACH * reaches for reaches in reach(probes)]
     if estimator == "signs" and probes:
         least = torch.stack([length.amin().to(lengths[0].device) for length in lengths]).amin()
         lengths = [least.to(length.device).expand_as(length) for length in lengths]

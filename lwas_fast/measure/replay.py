@@ -81,7 +81,8 @@ def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
         scale = scale_of(loss, seen.scaler, subject.window)
         value = unscaled(loss, scale, subject.window)
         once_more = _second_call(call, slopes)
-        found = again(subject, once_more, value, call.random, scale, start, bool(start), seen.ddp)
+        accumulates = bool(start) or subject.window.micro_batches > 0
+        found = again(subject, once_more, value, call.random, scale, start, accumulates, seen.ddp)
         return Passing(found, accumulated)
     except Exception as error:
         error.__traceback__ = error.__context__ = error.__cause__ = None  # which hold the graph

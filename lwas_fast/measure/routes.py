@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lwas_fast import shards
 from lwas_fast.errors import CurvatureError
 from lwas_fast.layers import check_dense
-from lwas_fast.measure.differences import Replay, by_differences
+from lwas_fast.measure.differences import Replay, by_differences, gradients_alone
 from lwas_fast.measure.explain import explain
 from lwas_fast.measure.probes import Measurement, Subject, Window, blank_probes, make_probes
 from lwas_fast.measure.products import by_autograd, leaves_of, refuse_cut_graph
@@ -154,7 +154,7 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor:
 
 def _check_autograd(subject: Subject, ddp: DistributedDataParallel | None) -> None:
     """Refuse what has no gradient with a graph; CurvatureError. Nothing has been changed by then."""
-    if any(bucket.mesh is not None for bucket in subject.layout.buckets):
+    if _meshes(subject):
         raise CurvatureError(
             "the parameters are sharded (DTensor), and what gathers them has no second derivative: make the optimizer "
             "with the model, so that loss.backward() measures by calling it once more, or use opt.step(closure)"
@@ -276,9 +276,13 @@ def _differences_of(
     return value, found
 
 
+def _meshes(subject: Subject) -> list[Any]:
+    return [bucket.mesh for bucket in subject.layout.buckets if bucket.mesh is not None]
+
+
 def _joint(subject: Subject, loss: Tensor, ddp: DistributedDataParallel | None) -> Tensor:
     """A loss, in a distributed run averaged over the processes whose gradients are."""
-    if meshes := [bucket.mesh for bucket in subject.layout.buckets if bucket.mesh is not None]:
+    if meshes := _meshes(subject):
         return shards.mean(loss, max(meshes, key=lambda mesh: mesh.size()))
     return parallel.average_loss(loss, None if ddp is None else ddp.process_group)
 
@@ -320,10 +324,14 @@ def again(
     # The loss's graph is used up but still tells which other leaves the evaluation gives gradients to.
     leaves = list(dict.fromkeys(params + leaves_of(loss)))
     with span("curvature"):
-        start = start or {}
-        own = {p: g - start[p] if p in start else g for p, g in gradients.items()} if accumulated else None
+        start, estimator, model = start or {}, subject.how["curvature"], subject.model
+        own = None
+        if together := accumulated and (ddp is not None or bool(_meshes(subject))):
+            start, own = {}, gradients_alone(lambda: evaluate(closure), replay, leaves, model)
+        elif accumulated:
+            own = {p: g - start[p] if p in start else g for p, g in gradients.items()}
         of_gradients = scale / (subject.window.micro_batches + 1) if accumulated else scale
         probes = make_probes(subject, gradients, of_gradients, scale, _joint(subject, loss, ddp), own)
-        estimator, model = subject.how["curvature"], subject.model
-        products = by_differences(probes, lambda: evaluate(closure), replay, leaves, estimator, start, model)
+        base = own if together else None
+        products = by_differences(probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base)
     return Measurement(subject.due, probes, products)

@@ -57,8 +57,7 @@ def layer_sums(probe: Probe, products: Products) -> Tensor:
         Sums.CURVATURE: dot(products.tensors),
         Sums.SQUARE: square,
     }
-    stacked, shards = torch.stack([of_tensors[column] for column in Sums], 1), probe.selection.shards
-    sums = probe.selection.per_layer(stacked if shards is None else shards.share(stacked))
+    sums = probe.selection.share(torch.stack([of_tensors[column] for column in Sums], 1))
     if gradients is not None:
         sums[:, Sums.DESCENT] *= -upload(probe.signs, dtype, sums.device)
     sums[:, Sums.CURVATURE] *= products.factor

@@ -237,12 +237,6 @@ def serves(group: dict[str, Any], probe: Probe) -> bool:
     return float32 and why_not(bucket.table.device) is None
 
 
-def at_once(probes: Sequence[Probe], groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether one launch takes in all probes, promises and all; of several, sums come back and are added up first."""
-    served = all(serves(group, probe) for probe, group in zip(probes, groups, strict=True))
-    return served and len({launch_key(probe) for probe in probes}) == 1
-
-
 def trial(device: torch.device) -> None:
     """Compile and launch the kernels once, on next to nothing; raises whatever Triton has to say."""
     p = torch.zeros(1, device=device)

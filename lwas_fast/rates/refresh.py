@@ -22,6 +22,7 @@ from lwas_fast.rates import launch, when
 from lwas_fast.rates.closed_form import current, layer_sums, refresh
 from lwas_fast.rule import Rule, Scaling
 from lwas_fast.selection import Selection
+from lwas_fast.shards import add_up, mesh_of, version
 from lwas_fast.table import Column, Sums
 
 
@@ -66,7 +67,7 @@ def refreshed(measurement: Measurement, groups: Groups, plans: launch.Plans) -> 
         return None
     sums, rows = found
     params = [param for probe in probes for param in probe.selection.params]
-    gradients = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in params]
+    gradients = [(p, p.grad, 0 if p.grad is None else version(p.grad)) for p in params]
     bare = [replace(probe, vectors=Vectors(None, [])) for probe in probes]  # those need not wait for the step
     return Measured(measurement.due, [Part(*part) for part in zip(bare, sums, rows, strict=True)], gradients)
 
@@ -79,14 +80,14 @@ def of_this_step(measured: Measured, layout: Layout, rule: Rule, scaling: Scalin
     its second moments know. Shorter by a factor in one layer, it asks for a rate that is longer by that factor.
     """
     untouched = all(
-        grad is not None and param.grad is grad and grad._version == version
-        for param, grad, version in measured.gradients
+        grad is not None and param.grad is grad and version(grad) == seen and mesh_of(grad) is None
+        for param, grad, seen in measured.gradients
     )
     if not rule.normalizes or untouched:
         return measured
     changed = []
-    for part in measured.parts:
-        now = squared_lengths(layout, rule, part.probe, scaling)
+    lengths = squared_lengths(layout, rule, [part.probe for part in measured.parts], scaling)
+    for part, now in zip(measured.parts, lengths, strict=True):
         square = (now / part.sums[:, Sums.SQUARE]).to(part.sums)
         square = torch.where((square > 0) & square.isfinite(), square, 1.0)
         sums = part.sums.clone()
@@ -174,15 +175,15 @@ def _found(
     """For each probe its sums and new rows; `groups` has its hyperparameters. None: see `refreshed`."""
     probes, replicas = measurement.probes, measurement.replicas
     alone = replicas is None and all(probe.bucket.mesh is None for probe in probes)
-    if alone and launch.at_once(probes, groups):
+    served = [launch.serves(group, probe) for probe, group in zip(probes, groups, strict=True)]
+    # Promises of all layers are added up: one launch does so itself, of several and of several processes come sums.
+    if alone and all(served) and len(set(map(launch.launch_key, probes))) == 1:
         return launch.launch(probes, measurement.products, groups, plans)
     if measurement.failure is None:
-        sums = _sums(measurement, groups, plans)
+        sums = _sums(measurement, groups, plans, served)
     else:
         sums = [torch.full((len(probe.signs), len(Sums)), torch.nan).to(probe.bucket.table) for probe in probes]
-    for p, probe in enumerate(probes):
-        if probe.selection.shards is not None:
-            sums[p] = probe.selection.shards.add(sums[p])
+    sums = add_up(sums, [probe.selection.shards for probe in probes])
     if replicas is not None and probes:
         failed = torch.full_like(probes[0].loss, measurement.failure is not None)
         *sums, loss, failed = ddp.average([*sums, probes[0].loss, failed], replicas)
@@ -193,17 +194,13 @@ def _found(
     return sums, refresh(probes, sums, groups)
 
 
-def _sums(measurement: Measurement, groups: Groups, plans: launch.Plans) -> list[Tensor]:
-    """For each probe this process's sums; `groups` has its hyperparameters."""
+def _sums(measurement: Measurement, groups: Groups, plans: launch.Plans, served: Sequence[bool]) -> list[Tensor]:
+    """For each probe this process's sums, by the launch where it serves; `groups` has its hyperparameters."""
     probes, products = measurement.probes, measurement.products
+    found = {p: layer_sums(probes[p], products[p]) for p, by_launch in enumerate(served) if not by_launch}
     together: dict[Any, list[int]] = {}
-    apart: list[int] = []
-    for p, (probe, group) in enumerate(zip(probes, groups, strict=True)):
-        if launch.serves(group, probe):
-            together.setdefault(launch.launch_key(probe), []).append(p)
-        else:
-            apart.append(p)
-    found = {p: layer_sums(probes[p], products[p]) for p in apart}
+    for p in (p for p, by_launch in enumerate(served) if by_launch):
+        together.setdefault(launch.launch_key(probes[p]), []).append(p)
     for members in together.values():
         mine, theirs, options = ([x[p] for p in members] for x in (probes, products, groups))
         sums, _ = launch.launch(mine, theirs, options, plans, finish=False)  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ by arithmetic. The compiled update (`compiled.py`, csrc/) does the same in one p
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 from torch import Tensor
 
@@ -16,17 +18,13 @@ from lwas_fast.table import Column
 from lwas_fast.update.control import control, stepped
 
 
-def plain_step(rule: Rule, part: Part, scaling: Scaling) -> None:
-    """Take one step with some of a bucket's tensors; states and statistics are brought up to date."""
-    if torch.compiler.is_compiling():  # on a CPU numbers are read, which a trace cannot
-        torch.compiler.disable(_step)(rule, part, scaling)  # type: ignore[no-untyped-call]
-    else:
-        _step(rule, part, scaling)
+def plain_step(rule: Rule, part: Part, scaling: Scaling) -> Generator[Tensor, Tensor, None]:
+    """Take one step with some of a bucket's tensors; states and statistics are brought up to date.
 
-
-def _step(rule: Rule, part: Part, scaling: Scaling) -> None:
+    In two parts: it yields this process's share in sums over layers, and is to be sent the sums.
+    """
     bucket, selection, group, states, gradients = part
-    weights = selection.here
+    params = weights = selection.here
     # Asked first, for `to` costs a microsecond also where it does nothing.
     if {p.dtype for p in weights} & set(HALF):
         weights = [p.to(state_dtype(p)) for p in weights]
@@ -47,7 +45,17 @@ def _step(rule: Rule, part: Part, scaling: Scaling) -> None:
         squares = selection.squared_norms(directions)
     if isinstance(moving.factors, Tensor) or abs(moving.factors) != 1:
         squares = squares * moving.factors**2
-    lengths, sizes, moves, skips = _of_layers(selection, moving, squares, selection.squared_norms(weights))
+    sizes = selection.squared_norms(weights)
+    moves: Tensor | bool = True
+    skips: Tensor | bool = False
+    if moving.alive is None and selection.shards is None:
+        sums = yield selection.per_layer(torch.stack([squares, sizes], 1))
+    else:
+        lost = torch.zeros_like(squares) if moving.alive is None else selection.sizes - moving.alive
+        sums = yield selection.share(torch.stack([squares, sizes, lost], 1).double())  # which counts exactly
+        skips = sums[:, 2] > 0
+        moves = (sums[:, 2] < selection.elements) | ~skips
+    lengths, sizes = sums[:, 0].to(selection.dtype), sums[:, 1].to(selection.dtype)
     bucket.steps[selection.places] += 1 if moves is True else selection.of_tensors(moves)
     old, elements = bucket.table[selection.rows], selection.counts
     table = stepped(old, sizes, elements, lengths, moves, skips, group["lr"], control(rule, group))
@@ -64,40 +72,21 @@ def _step(rule: Rule, part: Part, scaling: Scaling) -> None:
         add_times([directions[i] for i in which], [weights[i] for i in which], by)
     rates = each(applied * factors, weights)
     if group["schedule_free"]:
-        _move_averaged(part, moving, directions, rates, rule.share(group))
+        _move_averaged(part, params, moving, directions, rates, rule.share(group))
         return
     moved = moving.to_change(weights)
     torch._foreach_addcmul_(moved, directions, rates)
-    moving.settle(selection.here, moved, weights)
+    moving.settle(params, moved, weights)
 
 
-def _of_layers(
-    selection: Selection, moving: Moving, squares: Tensor, sizes: Tensor
-) -> tuple[Tensor, Tensor, Tensor | bool, Tensor | bool]:
-    """Sums over layers (S,): of squared lengths and sizes, whether anything moves, and whether anything is left alone.
-
-    A number of layers that is the same for all is one bool.
-    """
-    if selection.shards is None:
-        lengths, sizes = selection.per_layer(squares), selection.per_layer(sizes)
-        if moving.alive is None:
-            return lengths, sizes, True, False
-        alive = selection.per_layer(moving.alive)
-        skips = alive < selection.elements
-    else:  # doubles, which count exactly
-        lost = torch.zeros_like(squares) if moving.alive is None else selection.sizes - moving.alive
-        sums = selection.over_all(torch.stack([squares, sizes, lost], 1).double())
-        lengths, sizes, left_alone = sums.to(selection.dtype).unbind(1)
-        skips, alive = left_alone > 0, selection.elements - left_alone
-    return lengths, sizes, (alive > 0) | ~skips, skips
-
-
-def _move_averaged(part: Part, moving: Moving, directions: list[Tensor], rates: list[Tensor], beta: float) -> None:
+def _move_averaged(
+    part: Part, params: list[Tensor], moving: Moving, directions: list[Tensor], rates: list[Tensor], beta: float
+) -> None:
     """Move the iterates, take them into their averages, and the weights to between both to train on.
 
     A tensor's state holds its iterate minus its average; its weights are the average plus 1 - beta of that.
     """
-    params, weights = part.selection.here, moving.weights
+    weights = moving.weights
     shares = 1 / moving.steps  # of the new iterate in the new average
     offsets = [state["offset"] for state in part.states]
     ahead, moved = moving.to_change(offsets), moving.to_change(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -63,7 +64,22 @@ def run(layout: Layout, rule: Rule, parts: Sequence[Ready], scaling: Scaling) ->
     follow(layout, rule, numbers)
     layout.enter({ready.part.selection: ready.states for ready in parts})
     with span("update"):
-        for part, _, compiled in parts:
-            (compiled_step if compiled else plain_step)(rule, part, scaling)
+        plain = [ready.part for ready in parts if not ready.compiled]
+        for ready in parts:
+            if ready.compiled:
+                compiled_step(rule, ready.part, scaling)
+        if plain and torch.compiler.is_compiling():  # on a CPU numbers are read, which a trace cannot
+            torch.compiler.disable(_in_two_parts)(rule, plain, scaling)  # type: ignore[no-untyped-call]
+        elif plain:
+            _in_two_parts(rule, plain, scaling)
     for number in numbers:
         layout.groups[number]["steps"] += 1
+
+
+def _in_two_parts(rule: Rule, parts: Sequence[Part], scaling: Scaling) -> None:
+    """Take steps whose sums are added up over processes between their parts: in one message, if on one mesh."""
+    steps = [plain_step(rule, part, scaling) for part in parts]
+    sums = shards.add_up([next(step) for step in steps], [part.selection.shards for part in parts])
+    for step, of_part in zip(steps, sums, strict=True):
+        with suppress(StopIteration):
+            step.send(of_part)
