@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -122,15 +122,27 @@ def _summed(values: Tensor, groups: list[Any], device: str) -> Tensor:
     return there.to(values.device)
 
 
+def _fsdp_states(modules: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """The modules among these that FSDP2 manages, each with what it keeps of them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in modules:
+            if issubclass(type(module), fsdp.FSDPModule):  # by type(): the __class__ of a proxy may run anything
+                yield module, module._get_fsdp_state()
+
+
 def gradients_held_back(model: nn.Module | None) -> bool:
     """Whether FSDP2 was told not to reduce gradients yet: ``set_requires_gradient_sync(False)``."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in () if fsdp is None or model is None else model.modules():
-        if issubclass(type(module), fsdp.FSDPModule):
-            state = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            return any(group is not None and not group.reduce_grads for group in groups)
+    for _, state in _fsdp_states(() if model is None else model.modules()):
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        return any(group is not None and not group.reduce_grads for group in groups)
     return False
+
+
+def computed_in(model: nn.Module | None) -> torch.dtype | None:
+    """The dtype that FSDP2's mixed precision casts weights to; None if there is none."""
+    dtypes = (state._mp_policy.param_dtype for _, state in _fsdp_states(() if model is None else model.modules()))
+    return next(filter(None, dtypes), None)
 
 
 def reshard(model: nn.Module | None) -> None:
@@ -139,10 +151,5 @@ def reshard(model: nn.Module | None) -> None:
     Args:
         model: Whose; if that is not known, of every module that is alive.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    modules = gc.get_objects() if model is None else model.modules()
-    for module in modules:
-        if issubclass(type(module), fsdp.FSDPModule):  # by type(): the __class__ of a proxy may run anything
-            module.reshard()
+    for module, _ in _fsdp_states(gc.get_objects() if model is None else model.modules()):
+        module.reshard()

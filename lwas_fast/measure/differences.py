@@ -91,19 +91,24 @@ def _gathered_anew(sharded: bool, model: nn.Module | None) -> Iterator[None]:
             reshard(model)
 
 
-def _step_lengths(probes: Sequence[Probe]) -> list[Tensor]:
+def _dtypes(probe: Probe, computed_in: torch.dtype | None) -> set[torch.dtype]:
+    return {p.dtype for p in probe.selection.params} | ({computed_in} if computed_in is not None else set())
+
+
+def _step_lengths(probes: Sequence[Probe], computed_in: torch.dtype | None) -> list[Tensor]:
     """For each probe (S,), the eps that a layer's direction is multiplied by; 0 where there is no direction."""
     found = []
     for probe, reaches in zip(probes, reach(probes), strict=True):
-        relative = max(_RELATIVE.get(p.dtype, 1e-3) for p in probe.selection.params)
+        relative = max(_RELATIVE.get(dtype, 1e-3) for dtype in _dtypes(probe, computed_in))
         found.append(torch.where(reaches.isfinite(), relative * reaches, 0.0))
     return found
 
 
-def _least_share(probe: Probe) -> float:
+def _least_share(probe: Probe, computed_in: torch.dtype | None) -> float:
     """What leaves a displacement, see `shares`, six bits of the weights' precision."""
-    dtypes = {p.dtype for p in probe.selection.params}
-    return min(1.0, max(64 * torch.finfo(dtype).eps / _RELATIVE.get(dtype, 1e-3) for dtype in dtypes))
+    return min(
+        1.0, max(64 * torch.finfo(dtype).eps / _RELATIVE.get(dtype, 1e-3) for dtype in _dtypes(probe, computed_in))
+    )
 
 
 def by_differences(
@@ -115,6 +120,7 @@ def by_differences(
     start: dict[Tensor, Tensor],
     model: nn.Module | None,
     own: dict[Tensor, Tensor] | None = None,
+    computed_in: torch.dtype | None = None,
 ) -> list[Products]:
     """Take the products of each probe as differences of gradients; "blocks" evaluates once for each layer.
 
@@ -129,10 +135,11 @@ def by_differences(
         start: The gradients that the first evaluation found in ``.grad``.
         model: See `buffers_kept`.
         own: The gradients of that evaluation alone, if ``.grad`` holds others (see `gradients_alone`).
+        computed_in: The dtype that weights are cast to, if that is known: mixed precision rounds displacements away.
     """
-    lengths = _step_lengths(probes)
+    lengths = _step_lengths(probes, computed_in)
     eps = [
-        length * share.clamp(min=_least_share(probe))
+        length * share.clamp(min=_least_share(probe, computed_in))
         for probe, length, share in zip(probes, lengths, shares(probes, estimator, lengths), strict=True)
     ]
     of_tensor = [probe.selection.per_tensor(e) for probe, e in zip(probes, eps, strict=True)]

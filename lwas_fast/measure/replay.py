@@ -37,6 +37,11 @@ class Call:
     def _inputs(self) -> list[Tensor]:
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
+    @property
+    def computed_in(self) -> torch.dtype | None:
+        """The dtype that an autocast around it casts weights to; None if there is none."""
+        return next((dtype for _, enabled, dtype in self._autocast if enabled), None)
+
     def returned(self, outputs: list[Tensor]) -> None:
         """Note what it returned: the tensors that have a graph, in a fixed order."""
         self.outputs = outputs
@@ -82,7 +87,8 @@ def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
         value = unscaled(loss, scale, subject.window)
         once_more = _second_call(call, slopes)
         accumulates = bool(start) or subject.window.micro_batches > 0
-        found = again(subject, once_more, value, call.random, scale, start, accumulates, seen.ddp)
+        dtype = call.computed_in
+        found = again(subject, once_more, value, call.random, scale, start, accumulates, seen.ddp, dtype)
         return Passing(found, accumulated)
     except Exception as error:
         error.__traceback__ = error.__context__ = error.__cause__ = None  # which hold the graph

@@ -305,6 +305,7 @@ def again(
     start: dict[Tensor, Tensor] | None = None,
     accumulated: bool = False,
     ddp: DistributedDataParallel | None = None,
+    computed_in: torch.dtype | None = None,
 ) -> Measurement:
     """Measure by differences of gradients, where a first evaluation of a closure has left its own.
 
@@ -317,6 +318,7 @@ def again(
         start: Gradients that it found in ``.grad`` when it started.
         accumulated: Whether it left them there, and added its own.
         ddp: What averages the gradients, if that is known.
+        computed_in: The dtype that an autocast around the model casts weights to, if that is known.
     """
     params = subject.layout.params
     gradients = {p: p.grad for p in params if p.grad is not None}
@@ -332,6 +334,8 @@ def again(
             own = {p: g - start[p] if p in start else g for p, g in gradients.items()}
         of_gradients = scale / (subject.window.micro_batches + 1) if accumulated else scale
         probes = make_probes(subject, gradients, of_gradients, scale, _joint(subject, loss, ddp), own)
-        base = own if together else None
-        products = by_differences(probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base)
+        base, computed_in = own if together else None, computed_in or shards.computed_in(model)
+        products = by_differences(
+            probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base, computed_in
+        )
     return Measurement(subject.due, probes, products)
