@@ -110,8 +110,7 @@ class LayerwiseOptimizer(WithAverage):
         """``loss.backward()``, and the curvature pass when one is due.
 
         Gradient accumulation: pass ``last=False`` for every micro-batch but the last. The last one's curvature is
-        measured along the direction of all accumulated gradients, and its own descent set against it. Gradients may be
-        clipped or unscaled between `backward` and `step`. SGDLW's step is shorter by clipping; AdamWLW's is not, if
+        measured along the direction of all accumulated gradients, and counts for all. Gradients may be clipped or unscaled between `backward` and `step`. SGDLW's step is shorter by clipping; AdamWLW's is not, if
         gradients are clipped at each step, for its directions have a length that does not depend on it.
 
         Args:

@@ -8,7 +8,7 @@ on as with a closure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -73,59 +73,109 @@ def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
     Whatever fails before, that can go on. `now` gives what is measured, `call` is how the model came to its outputs.
     """
     loss = seen.loss
-    start: dict[Tensor, Tensor] = {}
-    accumulated = False
     try:
         call.check()
         subject = now()
-        with _not_gathering(call.outputs):
-            slopes = torch.autograd.grad(loss, call.outputs, create_graph=True, allow_unused=True)
+        outputs = _between(loss, call.outputs)
+        with _unhooked(outputs):
+            slopes = torch.autograd.grad(loss, outputs, create_graph=True)
         start = {p: p.grad.clone() for p in subject.layout.params if p.grad is not None}
-        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-        accumulated = True
         scale = scale_of(loss, seen.scaler, subject.window)
         value = unscaled(loss, scale, subject.window)
-        once_more = _second_call(call, slopes)
-        accumulates = bool(start) or subject.window.micro_batches > 0
-        dtype = call.computed_in
-        found = again(subject, once_more, value, call.random, scale, start, accumulates, seen.ddp, dtype)
-        return Passing(found, accumulated)
     except Exception as error:
-        error.__traceback__ = error.__context__ = error.__cause__ = None  # which hold the graph
-        return Passing(error, accumulated)
+        return Passing(_bare(error), False)
+    # From the outputs on, for the graph before them is not needed again, and that of the loss is.
+    torch.autograd.backward(outputs, [slope.detach() for slope in slopes])
+    try:
+        accumulates = bool(start) or subject.window.micro_batches > 0
+        once_more, dtype = _second_call(call, outputs, slopes), call.computed_in
+        found = again(subject, once_more, value, call.random, scale, start, accumulates, seen.ddp, dtype)
+        return Passing(found, True)
+    except Exception as error:
+        return Passing(_bare(error), True)
+
+
+def _bare(error: Exception) -> Exception:
+    """An error without what holds the graph."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
+def _between(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs that the loss is made from: those on whose gradients its whole gradient depends.
+
+    Raises:
+        CurvatureError: Parameters come into the loss otherwise, or one of these outputs is made from another.
+    """
+    at = {(output.grad_fn, output.output_nr): output for output in outputs}
+    met, leaves = _upstream([(loss.grad_fn, loss.output_nr)], at.keys())
+    if leaves:
+        raise CurvatureError(
+            "the model has no second derivative, and its loss depends on leaves besides the model's output, such as a "
+            f"tensor of shape {tuple(leaves[0].shape)}: add penalties on weights to what the model returns"
+        )
+    for fn, _ in met:
+        if not met.isdisjoint(_upstream(fn.next_functions, at.keys())[0]):
+            raise CurvatureError("the model has no second derivative, and its loss uses an output made from another")
+    return [output for edge, output in at.items() if edge in met]
+
+
+def _upstream(edges: Iterable[tuple[Any, int]], stops: Collection[Any]) -> tuple[set[Any], list[Tensor]]:
+    """Which of some places in a graph are met first on the way up from others, and the leaves met besides."""
+    met, leaves, seen, stack = set(), [], set(), list(edges)
+    while stack:
+        edge = stack.pop()
+        if edge in stops:
+            met.add(edge)
+        elif edge[0] is not None and edge[0] not in seen:
+            seen.add(edge[0])
+            if hasattr(edge[0], "variable"):
+                leaves.append(edge[0].variable)
+            stack.extend(edge[0].next_functions)
+    return met, leaves
 
 
 @contextmanager
-def _not_gathering(outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Differentiate a loss by a model's outputs inside without FSDP2's hooks on them, which prepare its backward."""
-    taken = []
+def _unhooked(outputs: Sequence[Tensor]) -> Iterator[None]:
+    """Differentiate a loss by a model's outputs inside without the hooks on these, which belong to its backward."""
     with torch._C.DisableTorchFunctionSubclass():
-        for hooks in filter(None, (output._backward_hooks for output in outputs)):
-            for key, hook in list(hooks.items()):
-                if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed"):
-                    taken.append((hooks, key, hooks.pop(key)))
+        hooked = [(hooks, dict(hooks)) for output in outputs if (hooks := output._backward_hooks)]
+    for hooks, _ in hooked:
+        hooks.clear()
     try:
         yield
     finally:
-        for hooks, key, hook in taken:
-            hooks[key] = hook
+        for hooks, kept in hooked:
+            hooks.update(kept)
 
 
-def _second_call(call: Call, slopes: Sequence[Tensor | None]) -> Callable[[], None]:
-    """What evaluates the loss at displaced weights, from its gradient by the outputs."""
-    used = [(i, slope) for i, slope in enumerate(slopes) if slope is not None]
-    at = [call.outputs[i] for i, _ in used]
+def _hooked(output: Tensor, slope: Tensor) -> Tensor:
+    """A gradient by an output as the user's hooks on that leave it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        hooks = list((output._backward_hooks or {}).values())
+    for hook in hooks:
+        # FSDP2's prepare its own backward, and stand on the new output as well.
+        if not type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed"):
+            changed = hook(slope)
+            slope = slope if changed is None else changed
+    return slope
+
+
+def _second_call(call: Call, outputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> Callable[[], None]:
+    """What evaluates the loss at displaced weights, from its gradient by the outputs that it is made from."""
+    places = [next(i for i, output in enumerate(call.outputs) if output is one) for one in outputs]
 
     def once_more() -> None:
         with call.as_it_was():
-            outputs = with_graph(call.module(*call.args, **call.kwargs))
-        live = [(slope, (outputs[i] - call.outputs[i]).detach()) for i, slope in used if slope.requires_grad]
-        change: Sequence[Tensor | None] = [None] * len(used)
+            found = with_graph(call.module(*call.args, **call.kwargs))
+        new = [found[i] for i in places]
+        live = [n for n, slope in enumerate(slopes) if slope.requires_grad]
+        change: Sequence[Tensor | None] = [None] * len(slopes)
         if live:
-            curved, moved = zip(*live, strict=True)
-            with _not_gathering(at):
-                change = torch.autograd.grad(curved, at, moved, retain_graph=True, allow_unused=True)
-        new = [s.detach() if more is None else s.detach() + more for (_, s), more in zip(used, change, strict=True)]
-        torch.autograd.backward([outputs[i] for i, _ in used], new)
+            curved, moved = [slopes[n] for n in live], [(new[n] - outputs[n]).detach() for n in live]
+            with _unhooked(outputs):
+                change = torch.autograd.grad(curved, outputs, moved, retain_graph=True, allow_unused=True)
+        by_new = [s.detach() if more is None else s.detach() + more for s, more in zip(slopes, change, strict=True)]
+        torch.autograd.backward(new, list(map(_hooked, outputs, by_new)))
 
     return once_more

@@ -333,7 +333,9 @@ def again(
         elif accumulated:
             own = {p: g - start[p] if p in start else g for p, g in gradients.items()}
         of_gradients = scale / (subject.window.micro_batches + 1) if accumulated else scale
-        probes = make_probes(subject, gradients, of_gradients, scale, _joint(subject, loss, ddp), own)
+        # As in `_measure`: of a window that was counted the descent is that of all its gradients.
+        part = own if subject.window.micro_batches == 0 else None
+        probes = make_probes(subject, gradients, of_gradients, scale, _joint(subject, loss, ddp), part)
         base, computed_in = own if together else None, computed_in or shards.computed_in(model)
         products = by_differences(
             probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base, computed_in

@@ -82,34 +82,62 @@ def test_a_model_without_second_derivative_is_called_once_more(kind, way):
     assert all(row["refreshes"] >= 1 for row in found[0].values())
 
 
+class Inside(nn.Module):
+    """It returns its loss, what that is made from, and what it is not."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, y):
+        hidden = self.net.one(x)
+        logits = self.net(x)
+        return {"hidden": hidden, "logits": logits, "loss": F.cross_entropy(logits, y)}
+
+
 @EACH
-def test_a_second_call_measures_what_autograd_does(kind):
-    data = batches(3)
+@pytest.mark.parametrize("way", ["plain", "loss inside", "loss of one output", "hooked", "accumulated"])
+def test_a_second_call_measures_what_autograd_does(kind, way):
     found = []
     for make in (Stubborn, Smooth):
         torch.manual_seed(0)
-        model = make().double()
-        opt = OPTIMIZERS[kind](model, curvature="blocks")
+        model = Inside(make().double()) if "loss" in way else make().double()
+        opt = OPTIMIZERS[kind](model, curvature="blocks", update_every=1)
         opt._now.following.replays = make is Stubborn
-        (F.cross_entropy(model(data[0][0]), data[0][1], label_smoothing=0.1)).backward()
+        for x, y in batches(2 if way == "accumulated" else 1):
+            out = model(x, y) if "loss" in way else model(x)
+            if way == "hooked":
+                out.register_hook(lambda grad: 3 * grad)
+            if way == "loss of one output":
+                out = out["logits"]
+            loss = out["loss"] if way == "loss inside" else F.cross_entropy(out, y, label_smoothing=0.1)
+            loss.backward()
         grads = [p.grad.clone() for p in model.parameters()]
         opt.step()
         found.append([(row["descent"], row["curvature"]) for row in opt.diagnostics().values()] + [grads])
+        assert opt.measured_by == ("replay" if make is Stubborn else "loss.backward")
     torch.testing.assert_close(found[0][-1], found[1][-1])
     torch.testing.assert_close(torch.tensor(found[0][:-1]), torch.tensor(found[1][:-1]), rtol=2e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("why", ["two calls", "changed in place", "input with a gradient"])
+@pytest.mark.parametrize("why", ["two calls", "changed in place", "input with a gradient", "penalty", "outputs of outputs"])
 def test_what_cannot_be_measured_is_said_and_training_goes_on(why):
-    model = Stubborn()
+    model = Inside(Stubborn()) if why == "outputs of outputs" else Stubborn()
     opt = OPTIMIZERS["adamw"](model)
     x, y = batches(1, torch.float32)[0]
 
     def step():
+        if why == "outputs of outputs":
+            out = model(x, y)
+            (out["loss"] + out["logits"].square().mean()).backward()
+            opt.step()
+            opt.zero_grad()
+            return
         out = model(x.clone().requires_grad_() if why == "input with a gradient" else x)
         if why == "two calls":
             out = out + model(x)
-        F.cross_entropy(out.mul_(2.0) if why == "changed in place" else out, y).backward()
+        penalty = 0.1 * model.one.weight.square().sum() if why == "penalty" else 0.0
+        (F.cross_entropy(out.mul_(2.0) if why == "changed in place" else out, y) + penalty).backward()
         opt.step()
         opt.zero_grad()
 
