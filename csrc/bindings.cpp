@@ -88,13 +88,20 @@ const float* scalar_pointer(const OptionalTensor& tensor, const char* name, cons
   return tensor->const_data_ptr<float>();
 }
 
+double* double_pointer(const Tensor& tensor, const char* name, const Tensor& table) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kDouble && tensor.is_contiguous() && tensor.device() == table.device(),
+                    name, " must be contiguous float64 on ", table.device());
+  return tensor.mutable_data_ptr<double>();
+}
+
 // Arguments as the schema has them, checked before anything is changed.
 struct Arguments {
   TensorList params, grads, firsts, seconds;
   const Tensor &table, &steps, &where;
   at::ArrayRef<double> control;
   bool warming, maximize;
-  const OptionalTensor &lr, &grad_scale, &found_inf;
+  const OptionalTensor &lr, &grad_scale, &found_inf, &totals, &scratch;
+  bool settles;
 };
 
 lwas::Call call_of(lwas::Rule rule, const lwas::Options& options, const Arguments& a, InOrder& memory) {
@@ -109,9 +116,10 @@ lwas::Call call_of(lwas::Rule rule, const lwas::Options& options, const Argument
   TORCH_CHECK_VALUE(a.steps.dim() == 1 && a.steps.is_contiguous() && a.steps.scalar_type() == at::kFloat &&
                         a.steps.device() == a.table.device(),
                     "steps must be a contiguous float32 vector on the table's device");
-  TORCH_CHECK_VALUE(a.where.dim() == 2 && a.where.size(0) == count && a.where.size(1) == 3 && a.where.is_cpu() &&
+  TORCH_CHECK_VALUE(a.where.dim() == 2 && a.where.size(0) == count && a.where.size(1) == 4 && a.where.is_cpu() &&
                         a.where.scalar_type() == at::kLong && a.where.is_contiguous(),
-                    "where must be a contiguous int64 tensor on the CPU, one (row, place, decays) for each parameter");
+                    "where must be a contiguous int64 tensor on the CPU, one (row, place, decays, elements) for each "
+                    "parameter");
   TORCH_CHECK_VALUE(a.control.size() == 8, "control has ", a.control.size(), " numbers, not 8");
   const int64_t* where = a.where.const_data_ptr<int64_t>();
 
@@ -129,6 +137,7 @@ lwas::Call call_of(lwas::Rule rule, const lwas::Options& options, const Argument
   call.steps = a.steps.mutable_data_ptr<float>();
   call.grad_scale = scalar_pointer(a.grad_scale, "grad_scale", a.table);
   call.found_inf = scalar_pointer(a.found_inf, "found_inf", a.table);
+  int64_t left = 0;  // elements of the layer that no tensor of the call has had yet
   for (int64_t i = 0; i < count; ++i) {
     const Tensor& param = a.params[i];
     kind_of(param, i);
@@ -137,10 +146,14 @@ lwas::Call call_of(lwas::Rule rule, const lwas::Options& options, const Argument
     check_one(a.grads[i], "grads", i, param, param.scalar_type());
     check_one(a.firsts[i], "first moments", i, param, at::kFloat);
     if (adam) check_one(a.seconds[i], "second moments", i, param, at::kFloat);
-    const int64_t row = where[3 * i], place = where[3 * i + 1];
-    TORCH_CHECK_VALUE(row >= (i ? where[3 * i - 3] : 0) && row < a.table.size(0), "where[", i, "]: row ", row,
+    const int64_t row = where[4 * i], place = where[4 * i + 1], elements = where[4 * i + 3];
+    TORCH_CHECK_VALUE(row >= (i ? where[4 * i - 4] : 0) && row < a.table.size(0), "where[", i, "]: row ", row,
                       " is out of order or of range");
     TORCH_CHECK_VALUE(place >= 0 && place < a.steps.size(0), "where[", i, "]: place ", place, " is out of range");
+    const bool first = i == 0 || row != where[4 * i - 4];
+    left = (first ? elements : left) - param.numel();
+    TORCH_CHECK_VALUE(left >= 0 && (first || elements == where[4 * i - 1]), "where[", i, "]: its layer cannot have ",
+                      elements, " elements");
   }
   call.slots.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
@@ -148,8 +161,17 @@ lwas::Call call_of(lwas::Rule rule, const lwas::Options& options, const Argument
     call.slots.push_back({param.mutable_data_ptr(), memory.read(a.grads[i], param).const_data_ptr(),
                           memory.write(a.firsts[i], param).mutable_data_ptr<float>(),
                           adam ? memory.write(a.seconds[i], param).mutable_data_ptr<float>() : nullptr, param.numel(),
-                          int32_t(where[3 * i]), int32_t(where[3 * i + 1]), where[3 * i + 2] != 0, kind_of(param, i)});
+                          where[4 * i + 3], int32_t(where[4 * i]), int32_t(where[4 * i + 1]), where[4 * i + 2] != 0,
+                          kind_of(param, i)});
   }
+  if (a.totals) {
+    const int64_t layers = lwas::layers_of(call);
+    TORCH_CHECK_VALUE(a.totals->dim() == 2 && a.totals->size(0) == layers && a.totals->size(1) == lwas::kTotals,
+                      "totals must be of shape [", layers, ", ", lwas::kTotals, "], not ", a.totals->sizes());
+    call.totals = double_pointer(*a.totals, "totals", a.table);
+  }
+  TORCH_CHECK_VALUE(a.totals || !a.settles, "settles takes totals");
+  call.settles = a.settles;
   return call;
 }
 
@@ -175,8 +197,13 @@ void run(lwas::Rule rule, const lwas::Options& options, const Arguments& argumen
     lwas::update_cpu(call, parallel_for);
   } else {
 #ifdef LWAS_CUDA
-    Tensor partials = at::empty({lwas::partial_rows(call), lwas::kPartialFloats}, table.options());
-    lwas::update_cuda(call, partials.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream().stream());
+    std::vector<int64_t> sizes;
+    for (const lwas::Slot& slot : call.slots) sizes.push_back(slot.size);
+    const int64_t size = lwas::scratch_size(sizes);
+    TORCH_CHECK_VALUE(!call.totals || (arguments.scratch && arguments.scratch->numel() >= size), "scratch must be of ",
+                      size, " numbers");
+    const Tensor scratch = call.totals ? *arguments.scratch : at::empty({size}, table.options().dtype(at::kDouble));
+    lwas::update_cuda(call, double_pointer(scratch, "scratch", table), c10::cuda::getCurrentCUDAStream().stream());
 #else
     TORCH_CHECK(false, "lwas_fast was built without CUDA, and the parameters are on ", table.device());
 #endif
@@ -184,6 +211,9 @@ void run(lwas::Rule rule, const lwas::Options& options, const Arguments& argumen
   memory.write_back();
   for (TensorList list : {arguments.params, arguments.firsts, arguments.seconds}) bump(list);
   for (const Tensor& tensor : {arguments.table, arguments.steps}) bump(tensor);
+  for (const OptionalTensor& tensor : {arguments.totals, arguments.scratch}) {
+    if (tensor) bump(*tensor);
+  }
 }
 
 double log_or_infinity(double beta) { return beta > 0 ? std::log(beta) : -INFINITY; }
@@ -191,44 +221,54 @@ double log_or_infinity(double beta) { return beta > 0 ? std::log(beta) : -INFINI
 void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& table,
                 const Tensor& steps, const Tensor& where, at::ArrayRef<double> control, bool warming, double beta1,
                 double beta2, double eps, double weight_decay, bool maximize, bool schedule_free,
-                const OptionalTensor& lr, const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+                const OptionalTensor& lr, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                const OptionalTensor& totals, const OptionalTensor& scratch, bool settles) {
   const lwas::Options options{float(1 - beta1),       float(1 - beta2),       float(eps), float(weight_decay),
                               log_or_infinity(beta1), log_or_infinity(beta2), beta1};
   run(schedule_free ? lwas::Rule::kFreeAdamW : lwas::Rule::kAdamW, options,
-      {params, grads, exp_avgs, exp_avg_sqs, table, steps, where, control, warming, maximize, lr, grad_scale,
-       found_inf});
+      {params, grads, exp_avgs, exp_avg_sqs, table, steps, where, control, warming, maximize, lr, grad_scale, found_inf,
+       totals, scratch, settles});
 }
 
 void sgd_step(TensorList params, TensorList grads, TensorList momenta, const Tensor& table, const Tensor& steps,
               const Tensor& where, at::ArrayRef<double> control, bool warming, double momentum, double weight_decay,
               bool maximize, bool schedule_free, const OptionalTensor& lr, const OptionalTensor& grad_scale,
-              const OptionalTensor& found_inf) {
+              const OptionalTensor& found_inf, const OptionalTensor& totals, const OptionalTensor& scratch,
+              bool settles) {
   const double log_beta = log_or_infinity(momentum);
   const lwas::Options options{float(1 - momentum), 1, 0, float(weight_decay), log_beta, log_beta, momentum};
   run(schedule_free ? lwas::Rule::kFreeSgd : lwas::Rule::kSgd, options,
-      {params, grads, momenta, {}, table, steps, where, control, warming, maximize, lr, grad_scale, found_inf});
+      {params, grads, momenta, TensorList(), table, steps, where, control, warming, maximize, lr, grad_scale, found_inf,
+       totals, scratch, settles});
 }
 
 // Nothing is returned and no shape changes: all there is to say of tensors without data.
 void adamw_step_meta(TensorList, TensorList, TensorList, TensorList, const Tensor&, const Tensor&, const Tensor&,
                      at::ArrayRef<double>, bool, double, double, double, double, bool, bool, const OptionalTensor&,
-                     const OptionalTensor&, const OptionalTensor&) {}
+                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, bool) {
+}
 void sgd_step_meta(TensorList, TensorList, TensorList, const Tensor&, const Tensor&, const Tensor&,
                    at::ArrayRef<double>, bool, double, double, bool, bool, const OptionalTensor&, const OptionalTensor&,
-                   const OptionalTensor&) {}
+                   const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, bool) {}
 
 }  // namespace
 
+// With `totals`, (layers, 4) float64, a step is taken in two calls, for ranks that hold a part of every tensor each:
+// the first makes a pass and writes what it sums up of each layer (squared length of its direction, squared size of its
+// weights, elements that are skipped, more than 0 if a move was over its limit), and the second, which `settles`, takes
+// these sums over all ranks. All else must be as in the first call, `scratch` too, which CUDA asks for.
 TORCH_LIBRARY(lwas_fast, m) {
   m.def(
       "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!) table, Tensor(e!) steps, Tensor where, float[] control, bool warming, float beta1, float beta2, "
       "float eps, float weight_decay, bool maximize, bool schedule_free, Tensor? lr_tensor=None, "
-      "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+      "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor(f!)? totals=None, Tensor(g!)? scratch=None, "
+      "bool settles=False) -> ()");
   m.def(
       "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(d!) table, Tensor(e!) steps, "
       "Tensor where, float[] control, bool warming, float momentum, float weight_decay, bool maximize, "
-      "bool schedule_free, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+      "bool schedule_free, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
+      "Tensor(f!)? totals=None, Tensor(g!)? scratch=None, bool settles=False) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(lwas_fast, CPU, m) {
@@ -255,7 +295,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [] {
         pybind11::dict info;
         info["torch"] = TORCH_VERSION;
-        info["interface"] = 6;  // lwas_fast.update.toolchain.INTERFACE
+        info["interface"] = 7;  // lwas_fast.update.toolchain.INTERFACE
 #ifdef LWAS_CUDA
         info["cuda"] = LWAS_CUDA;  // the architectures that were asked for
 #else
@@ -278,6 +318,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return info;
       },
       "The torch it was built for, the CUDA architectures or None, the compiler, and the table's columns.");
+  m.def(
+      "scratch_size",
+      []([[maybe_unused]] const std::vector<int64_t>& sizes) -> int64_t {
+#ifdef LWAS_CUDA
+        return lwas::scratch_size(sizes);
+#else
+        return 0;
+#endif
+      },
+      pybind11::arg("sizes"),
+      "How many float64 numbers of scratch a step in two parts needs on CUDA for tensors of these sizes; on a CPU "
+      "none.");
   m.def(
       "plan",
       [](const std::vector<int64_t>& sizes, int64_t chunk, int capacity) {

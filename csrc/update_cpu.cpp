@@ -175,9 +175,10 @@ Loops loops_for(Rule rule, Kind kind) {
 }
 
 struct Layer {
+  float* row;
+  double elements;
   bool waits, held = false;
   float foreseen, rate;  // `rate` is the first pass's
-  double elements = 0;
   Totals totals;
   Settled settled;
 };
@@ -185,7 +186,12 @@ struct Layer {
 }  // namespace
 
 void update_cpu(const Call& call, const ParallelFor& parallel_for) {
-  if (call.slots.empty() || (call.found_inf && *call.found_inf != 0)) return;
+  if (call.slots.empty()) return;
+  const bool first_part = call.totals && !call.settles;
+  if (call.found_inf && *call.found_inf != 0) {
+    if (first_part) std::fill_n(call.totals, layers_of(call) * kTotals, 0.0);
+    return;
+  }
   const Control& control = call.control;
   const float factor = call.sign / (call.grad_scale ? *call.grad_scale : 1.0f);
   const int tensors = int(call.slots.size());
@@ -194,6 +200,7 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
   std::vector<Layer> layers;
   std::vector<int> layer_of(tensors);
   std::vector<Bias> bias(tensors);
+  std::vector<float> limit(tensors);
   int64_t chunks = 0, elements = 0;
   for (int i = 0; i < tensors; ++i) {
     const Slot& slot = call.slots[i];
@@ -202,23 +209,21 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
     chunks += chunks_of(slot.size, kChunk);
     elements += slot.size;
     bias[i] = bias_of(call.options, call.steps[slot.place] + 1, slot.decays);
-    if (i == 0 || slot.row != call.slots[i - 1].row) layers.emplace_back();
+    if (i == 0 || slot.row != call.slots[i - 1].row) {
+      Layer& layer = layers.emplace_back();
+      layer.row = call.table + int64_t(slot.row) * kColumns;
+      layer.elements = double(slot.elements);
+      // Also in the second part, of which the table is still what it was in the first.
+      layer.foreseen = foreseen_rate(control, layer.row, layer.elements);
+      layer.waits =
+          with_rule(call.rule, [&](auto r) { return waits<decltype(r)>(call.options, control, layer.foreseen); });
+      layer.rate = layer.waits ? 0.0f : layer.foreseen * multiplier_of(control);
+    }
     layer_of[i] = int(layers.size()) - 1;
-    layers.back().elements += double(slot.size);
-  }
-  std::vector<float> limit(tensors);
-  for (int i = 0; i < tensors; ++i) {
-    const float* row = call.table + int64_t(call.slots[i].row) * kColumns;
-    Layer& layer = layers[layer_of[i]];
-    layer.foreseen = foreseen_rate(control, row, layer.elements);
-    layer.waits =
-        with_rule(call.rule, [&](auto r) { return waits<decltype(r)>(call.options, control, layer.foreseen); });
-    layer.rate = layer.waits ? 0.0f : layer.foreseen * multiplier_of(control);
-    limit[i] = limit_of(row, layer.elements, call.slots[i].kind != Kind::kFloat32);
+    limit[i] = limit_of(layers.back().row, layers.back().elements, slot.kind != Kind::kFloat32);
   }
 
   const int64_t grain = std::max<int64_t>(1, kGrain * chunks / std::max<int64_t>(1, elements));
-  std::vector<Totals> partial(chunks);
   const auto each_chunk = [&](const std::function<void(int, int64_t, int64_t, int64_t)>& body) {
     parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
       int tensor = tensor_of(first_chunk.data(), tensors, begin);
@@ -230,31 +235,46 @@ void update_cpu(const Call& call, const ParallelFor& parallel_for) {
     });
   };
 
-  each_chunk([&](int tensor, int64_t chunk, int64_t start, int64_t count) {
-    const Slot& slot = call.slots[tensor];
-    const Layer& layer = layers[layer_of[tensor]];
-    partial[chunk] = loops_for(call.rule, slot.kind)
-                         .advance(call.options, bias[tensor], layer.rate, limit[tensor], factor, slot, start, count);
-  });
+  if (!call.settles) {
+    std::vector<Totals> partial(chunks);
+    each_chunk([&](int tensor, int64_t chunk, int64_t start, int64_t count) {
+      const Slot& slot = call.slots[tensor];
+      const Layer& layer = layers[layer_of[tensor]];
+      partial[chunk] = loops_for(call.rule, slot.kind)
+                           .advance(call.options, bias[tensor], layer.rate, limit[tensor], factor, slot, start, count);
+    });
+    for (int i = 0; i < tensors; ++i) {
+      Layer& layer = layers[layer_of[i]];
+      const int64_t end = i + 1 < tensors ? first_chunk[i + 1] : chunks;
+      for (int64_t chunk = first_chunk[i]; chunk < end; ++chunk) {
+        layer.totals.length += partial[chunk].length;
+        layer.totals.size += partial[chunk].size;
+        layer.totals.skipped += partial[chunk].skipped;
+        layer.held |= partial[chunk].reach > limit[i];
+      }
+    }
+  }
+  if (first_part) {
+    double* to = call.totals;
+    for (const Layer& layer : layers) {
+      for (double sum : {layer.totals.length, layer.totals.size, layer.totals.skipped}) *to++ = sum;
+      *to++ = layer.held;
+    }
+    return;
+  }
 
   bool differs = false;
-  for (int i = 0; i < tensors; ++i) {
-    Layer& layer = layers[layer_of[i]];
-    const int64_t end = i + 1 < tensors ? first_chunk[i + 1] : chunks;
-    for (int64_t chunk = first_chunk[i]; chunk < end; ++chunk) {
-      layer.totals.length += partial[chunk].length;
-      layer.totals.size += partial[chunk].size;
-      layer.totals.skipped += partial[chunk].skipped;
-      layer.held |= partial[chunk].reach > limit[i];
+  const double* from = call.totals;
+  for (Layer& layer : layers) {
+    Totals& t = layer.totals;
+    if (call.settles) {
+      for (double* sum : {&t.length, &t.size, &t.skipped}) *sum = *from++;
+      layer.held = *from++ > 0;
     }
-    if (i + 1 == tensors || layer_of[i + 1] != layer_of[i]) {
-      float* row = call.table + int64_t(call.slots[i].row) * kColumns;
-      const Totals& t = layer.totals;
-      layer.settled =
-          settle(control, row, layer.foreseen, layer.waits, layer.held, t.length, t.size, t.skipped, layer.elements);
-      differs |= layer.settled.differs();
-      record(layer.settled, t.skipped, layer.elements, row);
-    }
+    layer.settled = settle(control, layer.row, layer.foreseen, layer.waits, layer.held, t.length, t.size, t.skipped,
+                           layer.elements);
+    differs |= layer.settled.differs();
+    record(layer.settled, t.skipped, layer.elements, layer.row);
   }
   for (int i = 0; i < tensors; ++i) call.steps[call.slots[i].place] += layers[layer_of[i]].settled.moves ? 1.0f : 0.0f;
 

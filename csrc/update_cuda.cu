@@ -1,4 +1,5 @@
-// The fused update on CUDA: two launches for all tensors, of which the second most often finds nothing to do.
+// The fused update on CUDA: two launches for all tensors, of which the second most often finds nothing to do. A step in
+// two parts has a small one after the first and one before the second.
 //
 // No include of torch, so that it compiles with the toolkit alone; bindings.cpp brings device, stream and scratch.
 
@@ -15,9 +16,18 @@ namespace {
 
 // What the first pass leaves of a chunk: its sums, whether a move was held back (0 or 1), and what it went by. `state`
 // is the tensor's step count with this step, negative where the layer's weights were left alone; it, `limit` and
-// `foreseen` are here because the second pass must not read what its own blocks write.
+// `foreseen` are here because the second pass must not read what its own blocks write. The sums are double because in a
+// step of two parts those of all ranks take the place of a chunk's.
 struct Partial {
-  float length, size, skipped, held, state, limit, foreseen;
+  double length, size, skipped;
+  float held, state, limit, foreseen;
+};
+
+// Where the chunks of some layers begin, and behind the last where its end.
+template <int kCapacity>
+struct Layers {
+  int32_t begin[kCapacity + 1];
+  int32_t count;
 };
 
 struct Scalars {
@@ -31,7 +41,7 @@ struct Scalars {
   Partial* partials;
 };
 
-static_assert(sizeof(Partial) == kPartialFloats * sizeof(float), "what update.h says");
+static_assert(sizeof(Partial) % sizeof(double) == 0, "what scratch_size counts in");
 static_assert(sizeof(Table<kSmallTable>) + sizeof(Scalars) <= 4096, "a launch's arguments everywhere");
 static_assert(sizeof(Table<kLargeTable>) + sizeof(Scalars) <= 32764, "a launch's arguments from CUDA 12.1 on");
 
@@ -163,6 +173,41 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
+// The end of a step's first part: adds up each layer's partial sums, a block for each, and leaves none in their place.
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads) sum_layers(const __grid_constant__ Layers<kCapacity> layers,
+                                                       Partial* partials, const float* found_inf, double* totals) {
+  __shared__ Reduced<double> shared[32];
+  const int layer = blockIdx.x;
+  // Where nothing happens there are no partial sums, and yet ranks may add up the totals.
+  const int end = found_inf && *found_inf != 0 ? 0 : layers.begin[layer + 1];
+  Reduced<double> value{};
+  for (int i = layers.begin[layer] + threadIdx.x; i < end; i += kThreads) {
+    Partial& partial = partials[i];
+    value.take({{partial.length, partial.size, partial.skipped}, partial.held});
+    partial.length = partial.size = partial.skipped = partial.held = 0;
+  }
+  reduce_block(value, shared);
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < kSums; ++k) totals[layer * kTotals + k] = value.sum[k];
+    totals[layer * kTotals + kSums] = value.largest;
+  }
+}
+
+// The start of the second part: what all ranks found of a layer stands where the first chunk's sums did.
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    place_totals(const __grid_constant__ Layers<kCapacity> layers, Partial* partials, const double* totals) {
+  const int layer = blockIdx.x * kThreads + threadIdx.x;
+  if (layer >= layers.count) return;
+  Partial& partial = partials[layers.begin[layer]];
+  const double* of = totals + layer * kTotals;
+  partial.length = of[0];
+  partial.size = of[1];
+  partial.skipped = of[2];
+  partial.held = of[3] > 0 ? 1.0f : 0.0f;
+}
+
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string("lwas_fast: ") + what + ": " + cudaGetErrorString(status));
@@ -175,10 +220,9 @@ bool aligned(const Slot& slot) {
   return bits % 16 == 0;
 }
 
-// Chunks [begin, end) and number of elements of the layer that each tensor belongs to.
+// Chunks [begin, end) of the layer that each tensor belongs to.
 struct LayerSpan {
   int32_t begin, end;
-  int64_t elements;
 };
 
 std::vector<LayerSpan> layer_spans(const Call& call) {
@@ -188,14 +232,31 @@ std::vector<LayerSpan> layer_spans(const Call& call) {
   for (size_t i = 0; i < slots.size();) {
     size_t last = i;
     const int64_t begin = chunk;
-    int64_t elements = 0;
     for (; last < slots.size() && slots[last].row == slots[i].row; ++last) {
       chunk += chunks_of(slots[last].size, kChunk);
-      elements += slots[last].size;
     }
-    for (; i < last; ++i) spans[i] = {int32_t(begin), int32_t(chunk), elements};
+    for (; i < last; ++i) spans[i] = {int32_t(begin), int32_t(chunk)};
   }
   return spans;
+}
+
+// Calls body(layers, number of the first of them) with all layers in turn, as many at a time as a launch takes.
+template <int kCapacity, typename Body>
+void each_layers(const Call& call, const std::vector<LayerSpan>& spans, Body body) {
+  Layers<kCapacity> layers;
+  int64_t first = 0;
+  layers.count = 0;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    if (i > 0 && call.slots[i].row == call.slots[i - 1].row) continue;
+    if (layers.count == kCapacity) {
+      body(layers, first);
+      first += kCapacity;
+      layers.count = 0;
+    }
+    layers.begin[layers.count] = spans[i].begin;
+    layers.begin[++layers.count] = spans[i].end;
+  }
+  body(layers, first);
 }
 
 template <typename Rule, typename LaunchTable>
@@ -227,15 +288,31 @@ void run(const Call& call, const Scalars& scalars, cudaStream_t stream) {
       table.place[i] = slot.place;
       table.layer_begin[i] = span.begin;
       table.layer_end[i] = span.end;
-      table.elements[i] = span.elements;
+      table.elements[i] = slot.elements;
       table.kind[i] = uint8_t(slot.kind) | (aligned(slot) ? kAligned : 0) | (slot.decays ? kDecays : 0);
       chunk += chunks_of(slot.size, kChunk);
     }
   }
   // A layer may lie in two launches, and the second pass needs all of it.
-  for (const LaunchTable& table : tables) {
-    first_pass<Rule, LaunchTable::capacity><<<table.chunks, kThreads, 0, stream>>>(table, scalars);
-    check(cudaGetLastError(), "launch of the update");
+  if (!call.settles) {
+    for (const LaunchTable& table : tables) {
+      first_pass<Rule, LaunchTable::capacity><<<table.chunks, kThreads, 0, stream>>>(table, scalars);
+      check(cudaGetLastError(), "launch of the update");
+    }
+  }
+  if (call.totals) {
+    constexpr int kCapacity = LaunchTable::capacity;
+    each_layers<kCapacity>(call, spans, [&](const Layers<kCapacity>& layers, int64_t first) {
+      double* totals = call.totals + first * kTotals;
+      if (call.settles) {
+        const int blocks = (layers.count + kThreads - 1) / kThreads;
+        place_totals<kCapacity><<<blocks, kThreads, 0, stream>>>(layers, scalars.partials, totals);
+      } else {
+        sum_layers<kCapacity><<<layers.count, kThreads, 0, stream>>>(layers, scalars.partials, call.found_inf, totals);
+      }
+      check(cudaGetLastError(), "launch of the layers' sums");
+    });
+    if (!call.settles) return;
   }
   for (const LaunchTable& table : tables) {
     const int blocks = std::min(table.chunks, kBlocks * processors);  // as many as run at once
@@ -258,16 +335,16 @@ void run_with_table(const Call& call, const Scalars& scalars, cudaStream_t strea
 
 }  // namespace
 
-int64_t partial_rows(const Call& call) {
+int64_t scratch_size(const std::vector<int64_t>& sizes) {
   int64_t chunks = 0;
-  for (const Slot& slot : call.slots) chunks += chunks_of(slot.size, kChunk);
-  return chunks;
+  for (int64_t size : sizes) chunks += chunks_of(size, kChunk);
+  return chunks * int64_t(sizeof(Partial) / sizeof(double));
 }
 
-void update_cuda(const Call& call, float* partials, void* stream) {
+void update_cuda(const Call& call, double* scratch, void* stream) {
   if (call.slots.empty()) return;
   const Scalars scalars{call.options, call.control,    call.sign,      call.table,
-                        call.steps,   call.grad_scale, call.found_inf, reinterpret_cast<Partial*>(partials)};
+                        call.steps,   call.grad_scale, call.found_inf, reinterpret_cast<Partial*>(scratch)};
   const auto on = static_cast<cudaStream_t>(stream);
   with_rule(call.rule, [&](auto rule) { run_with_table<decltype(rule)>(call, scalars, on); });
 }

@@ -144,10 +144,13 @@ class Bucket:
         width = max(map(len, members))
         device = self.table.device
         index = upload([m + [len(indices)] * (width - len(m)) for m in members], torch.int64, device)
-        elements = upload([sum(self.params[indices[n]].numel() for n in m) for m in members], torch.int64, device)
+        sizes = [sum(self.params[indices[n]].numel() for n in m) for m in members]
+        elements = upload(sizes, torch.int64, device)
         contiguous = rows == list(range(rows[0], rows[-1] + 1))
         which = slice(rows[0], rows[-1] + 1) if contiguous else upload(rows, torch.int64, device)
-        where = torch.tensor([[self.row[i], i, self.decays[i]] for i in indices], device="cpu")
+        where = torch.tensor(
+            [[self.row[i], i, self.decays[i], sizes[s]] for i, s in zip(indices, layer, strict=True)], device="cpu"
+        )
         decays = [n for n, i in enumerate(indices) if self.decays[i]]
         owner = upload(layer, torch.int64, device)
         places = slice(None) if len(indices) == len(self.params) else upload(indices, torch.int64, device)

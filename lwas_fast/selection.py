@@ -48,8 +48,8 @@ class Selection:
         owner: LongTensor (N,), `layer` on the device.
         places: Which of the bucket's `steps` are the tensors': a slice or a LongTensor.
         elements: (S,) int64, elements of each layer.
-        where: LongTensor (N, 3) on the CPU: each tensor's row in the bucket's table, its position in the bucket, and
-            whether weight decay acts on it (0 or 1).
+        where: LongTensor (N, 4) on the CPU: each tensor's row in the bucket's table, its position in the bucket,
+            whether weight decay acts on it (0 or 1), and the elements of its layer.
         decays: Positions in `params` of those that it acts on.
         dtype: The table's.
         shards: Where other processes hold parts of these tensors; None where they do not.

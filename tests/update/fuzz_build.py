@@ -28,7 +28,7 @@ def missing() -> str | None:
 
 def build(program: Path, implementation: str, *others: object) -> Path:
     """Links `fuzz/` with one of its implementations; `others` are flags and sources."""
-    sources = [HERE / "fuzz" / f"{name}.cpp" for name in ("fuzz", "list", "method", implementation)]
+    sources = [HERE / "fuzz" / f"{name}.cpp" for name in ("fuzz", "list", "method", "ranks", implementation)]
     command = ["g++", *FLAGS, *map(str, others), *map(str, sources), f"-I{CSRC}", "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

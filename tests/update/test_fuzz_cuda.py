@@ -62,7 +62,18 @@ FAULTS = {
     ),
     "a chunk is put right twice": ("blockIdx.x / gridDim.x);", "blockIdx.x / gridDim.x) - (FAULT && blockIdx.x > 0);"),
     "a layer's last chunk is left out": ("i < layer_end; i +=", "i < layer_end - FAULT; i +="),
-    "the elements of one tensor for the layer's": ("elements +=", "elements = (FAULT ? 0 : elements) +"),
+    "the elements of the tensor for the layer's": ("= slot.elements;", "= FAULT ? slot.size : slot.elements;"),
+    "a layer's sums count twice in a step of two parts": (
+        "partial.skipped = partial.held = 0;",
+        "partial.skipped = FAULT ? partial.skipped : partial.held = 0;",
+    ),
+    "totals of another launch's layers": ("call.totals + first *", "call.totals + (FAULT ? 0 : first) *"),
+    "a layer that another rank held back": ("of[3] > 0 ?", "!FAULT && of[3] > 0 ?"),
+    "totals of what did not happen": (
+        "found_inf && *found_inf != 0 ? 0 :",
+        "!FAULT && found_inf && *found_inf != 0 ? 0 :",
+    ),
+    "the second part makes the first pass again": ("if (!call.settles) {\n", "if (FAULT || !call.settles) {\n"),
     "no barrier behind the first pass' scalars": no_barrier("\n  const Bias bias"),
     "no barrier behind the warps' sums": no_barrier("\n  if (warp == 0)"),
     "no barrier behind what the layer's step is": no_barrier("\n    }\n    const Settled"),
@@ -102,7 +113,7 @@ def rewrite(source: str) -> str:
     )
     # One copy that all threads read. A copy for each of them would be most of the work.
     source, parameters = re.subn(r"const __grid_constant__ (\S+) ", r"const \1& ", source)
-    assert (launches, parameters) == (2, 4), "the kernels are launched or declared in another way: see rewrite()"
+    assert (launches, parameters) == (4, 6), "the kernels are launched or declared in another way: see rewrite()"
     return source
 
 
@@ -140,7 +151,7 @@ def test_sanitizers_find_nothing_and_planted_faults_are_found(tmp_path: Path) ->
     agree(program, 150, 5, FAULT="0")
     missed = []
     for number, name in enumerate(FAULTS, start=1):
-        done = run(program, 300, 6, FAULT=str(number))
+        done = run(program, 300, 7, FAULT=str(number))
         print(f"{name}: {(done.stdout + done.stderr).strip()[:200]}")
         if done.returncode == 0:
             missed.append(name)

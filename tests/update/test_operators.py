@@ -38,17 +38,22 @@ def operator_arguments(kind: str) -> tuple:
     schedule_free = kind in COMPILED
     params, grads, first, second = ([torch.rand(4, 3), torch.rand(5)] for _ in range(4))
     table, steps = torch.zeros(1, len(Column)), torch.zeros(2)
-    where, control = torch.tensor([[0, 0, 1], [0, 1, 1]]), [1.0, 1.0, 1e-2, 3.0, 0.1, 10.0, 0.01, 2.0]
+    where, control = torch.tensor([[0, 0, 1, 17], [0, 1, 1, 17]]), [1.0, 1.0, 1e-2, 3.0, 0.1, 10.0, 0.01, 2.0]
     common = (table, steps, where, control, False)
     if kind.startswith("adamw"):
         return (params, grads, first, second, *common, 0.9, 0.999, 1e-8, 0.01, False, schedule_free)
     return (params, grads, first, *common, 0.9, 0.01, False, schedule_free)
 
 
+def in_part(totals: torch.Tensor | None, settles: bool = False) -> dict:
+    return {"totals": totals, "settles": settles}
+
+
 @EACH
-def test_opcheck(kind):
+@pytest.mark.parametrize("part", [{}, in_part(torch.ones(1, 4).double()), in_part(torch.ones(1, 4).double(), True)])
+def test_opcheck(kind, part):
     operator = getattr(torch.ops.lwas_fast, f"{kind.removesuffix('_m')}_step").default
-    assert set(torch.library.opcheck(operator, operator_arguments(kind)).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(operator, operator_arguments(kind), part).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize(
@@ -60,8 +65,11 @@ def test_opcheck(kind):
         (2, [torch.rand(4, 3), torch.rand(5).half()], TypeError, r"first moments\[1\] is Half"),
         (4, torch.zeros(1, 3), ValueError, "table must be"),
         (5, torch.zeros(2).double(), ValueError, "steps must be"),
-        (6, torch.tensor([[0, 0, 1], [7, 1, 1]]), ValueError, r"where\[1\]: row 7"),
-        (6, torch.tensor([[0, 0, 1], [0, 2, 1]]), ValueError, r"where\[1\]: place 2"),
+        (6, torch.tensor([[0, 0, 1], [0, 1, 1]]), ValueError, "where must be"),
+        (6, torch.tensor([[0, 0, 1, 17], [7, 1, 1, 17]]), ValueError, r"where\[1\]: row 7"),
+        (6, torch.tensor([[0, 0, 1, 17], [0, 2, 1, 17]]), ValueError, r"where\[1\]: place 2"),
+        (6, torch.tensor([[0, 0, 1, 16], [0, 1, 1, 16]]), ValueError, r"where\[1\]: .* cannot have 16 elements"),
+        (6, torch.tensor([[0, 0, 1, 17], [0, 1, 1, 18]]), ValueError, r"where\[1\]: .* cannot have 18 elements"),
         (7, [1.0], ValueError, "control has 1 numbers"),
     ],
 )
@@ -71,6 +79,23 @@ def test_operator_refuses_before_it_changes_anything(position, value, error, wor
     before = copy.deepcopy(arguments[0])
     with pytest.raises(error, match=words):
         torch.ops.lwas_fast.adamw_step(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(before, arguments[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (in_part(torch.zeros(2, 4).double()), r"totals must be of shape \[1, 4\], not \[2, 4\]"),
+        (in_part(torch.zeros(1, 4)), "totals must be contiguous float64 on cpu"),
+        (in_part(torch.zeros(1, 8).double()[:, ::2]), "totals must be contiguous"),
+        (in_part(None, True), "settles takes totals"),
+    ],
+)
+def test_operator_refuses_totals_that_do_not_fit(part, words):
+    arguments = operator_arguments("adamw")
+    before = copy.deepcopy(arguments[0])
+    with pytest.raises(ValueError, match=words):
+        torch.ops.lwas_fast.adamw_step(*arguments, **part)
     assert all(torch.equal(a, b) for a, b in zip(before, arguments[0], strict=True))
 
 

@@ -8,7 +8,7 @@ namespace fuzz {
 
 const Borders kBorders{16384, {56}};  // update_cpu.cpp's chunk; it has no tables, and takes a long list now and then
 
-void update(const lwas::Call& call, unsigned order) {
+void update(const lwas::Call& call, unsigned order, std::vector<double>&) {
   lwas::update_cpu(call, [&](int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& body) {
     if (order % 3 > 0) return body(0, count);
     std::thread other([&] { body(0, count / 2); });

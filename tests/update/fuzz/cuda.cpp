@@ -11,11 +11,13 @@ namespace fuzz {
 
 const Borders kBorders{lwas::kChunk, {lwas::kSmallTable, lwas::kLargeTable}};
 
-void update(const lwas::Call& call, unsigned order) {
+void update(const lwas::Call& call, unsigned order, std::vector<double>& scratch) {
   emulator::seed(order);
   emulator::processors = 1 + int(order % 3);
-  std::vector<float> partials(size_t(lwas::partial_rows(call)) * lwas::kPartialFloats, NAN);
-  lwas::update_cuda(call, partials.data(), nullptr);
+  std::vector<int64_t> sizes;
+  for (const lwas::Slot& slot : call.slots) sizes.push_back(slot.size);
+  if (!call.settles) scratch.assign(size_t(lwas::scratch_size(sizes)), NAN);
+  lwas::update_cuda(call, scratch.data(), nullptr);
 }
 
 }  // namespace fuzz

@@ -2,7 +2,8 @@
 //
 // Catches: reads and writes outside an array (with the address sanitizer), elements left out or visited twice at any
 // cut between chunks, tensors, layers and launches, wrong types, the two passes disagreeing, counters and step counts
-// gone wrong, and results that depend on the order in which threads run.
+// gone wrong, results that depend on the order in which threads run, and a step in two parts, by one rank or by several
+// that hold a part of every tensor each, that is another one than in one call.
 
 #include <cstdio>
 #include <cstdlib>
@@ -10,20 +11,35 @@
 
 #include "implementation.h"
 #include "method.h"
+#include "ranks.h"
 
 namespace fuzz {
 namespace {
 
+// What is wrong with a step that took `before` to what the list is now.
+std::string wrong_with(const List& list, const Snapshot& before, bool& overflow) {
+  if (!list.call.found_inf || *list.call.found_inf == 0) return compare(list.call, before, overflow);
+  return list.snapshot() == before ? "" : "found_inf, and yet a change";
+}
+
 std::string step(List& list, Dice& dice, bool& overflow) {
   const Snapshot before = list.snapshot();
-  update(list.call, unsigned(dice.whole(0, 1 << 30)));
+  std::vector<double> scratch;
+  update(list.call, unsigned(dice.whole(0, 1 << 30)), scratch);
   const Snapshot after = list.snapshot();
-  if (list.call.found_inf && *list.call.found_inf != 0) return after == before ? "" : "found_inf, and yet a change";
-  std::string wrong = compare(list.call, before, overflow);
+  std::string wrong = wrong_with(list, before, overflow);
   if (wrong.empty() && !overflow && dice.one_in(4)) {
     list.restore(before);
-    update(list.call, unsigned(dice.whole(0, 1 << 30)));
+    update(list.call, unsigned(dice.whole(0, 1 << 30)), scratch);
     if (list.snapshot() != after) wrong = "another order of threads has another result";
+  }
+  if (wrong.empty() && !overflow && dice.one_in(2)) {
+    list.restore(before);
+    const int ranks = dice.whole(1, 3);
+    wrong = step_in_parts(list, ranks, dice);
+    if (wrong.empty() && ranks == 1 && list.snapshot() != after) wrong = "it has another result";
+    if (wrong.empty()) wrong = wrong_with(list, before, overflow);
+    if (!wrong.empty()) wrong = "in parts, by " + std::to_string(ranks) + " ranks: " + wrong;
   }
   return wrong;
 }

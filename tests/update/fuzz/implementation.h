@@ -7,7 +7,8 @@ namespace fuzz {
 
 extern const Borders kBorders;
 
-// Takes the call's step. `order` says in which order threads run, as far as it is ours to say.
-void update(const lwas::Call& call, unsigned order);
+// Takes the call's step or its part. `order` says in which order threads run, as far as it is ours to say; `scratch`
+// is what the first part leaves for the second.
+void update(const lwas::Call& call, unsigned order, std::vector<double>& scratch);
 
 }  // namespace fuzz

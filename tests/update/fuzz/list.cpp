@@ -97,7 +97,7 @@ List::List(Dice& dice, const Borders& borders) : call{} {
     }
     if (t > 0 && dice.one_in(shared)) row += dice.whole(1, 2);
     call.slots.push_back({tensor.param.data, tensor.grad.data, floats(tensor.first),
-                          adam ? floats(tensor.second) : nullptr, size, row, place, !dice.one_in(4), kind});
+                          adam ? floats(tensor.second) : nullptr, size, 0, row, place, !dice.one_in(4), kind});
   }
   table_.resize((row + 1) * kColumns);
   for (int r = 0; r <= row; ++r) {
@@ -107,6 +107,7 @@ List::List(Dice& dice, const Borders& borders) : call{} {
     of[kSize] = of[kLength] > 0 ? float(dice.uniform(0.1, 30)) : 0;
   }
   for (const Slot& slot : call.slots) table_[slot.row * kColumns + kElements] += float(slot.size);
+  for (Slot& slot : call.slots) slot.elements = int64_t(table_[slot.row * kColumns + kElements]);
   for (int r = 0; r <= row; ++r) table_[r * kColumns + kElements] += dice.one_in(9) ? 1 : 0;  // other tensors stepped
   call.table = table_.data();
   call.steps = steps_.data();
