@@ -112,6 +112,7 @@ class Bucket:
         steps: (N,) float32, the updates that each parameter has had.
         counts: Views of `steps`, one for each parameter.
         mesh: The ``DeviceMesh`` over which the parameters are distributed; None where they are this process's own.
+        even: Whether each process that adds up shards has its own of every parameter, as under FSDP2.
     """
 
     group: int
@@ -123,6 +124,7 @@ class Bucket:
     steps: Tensor
     counts: list[Tensor]
     mesh: Any = None
+    even: bool = True
     _selections: dict[tuple[int, ...], Selection] = field(default_factory=dict)
 
     def select(self, indices: Sequence[int]) -> Selection:
@@ -297,5 +299,6 @@ class Layout:
                     table[r] = self.state[param]["layer"]
                     counts[i].copy_(self.state[param]["step"])
                     self.state[param] |= {"layer": table[r], "step": counts[i]}
+            even = mesh is None or Shards(mesh, params).even
             decays = [group.get("weight_decay_on") != "matrices" or param.ndim > 1 for param in params]
-            yield Bucket(number, params, row, list(rows), table, decays, steps, counts, mesh)
+            yield Bucket(number, params, row, list(rows), table, decays, steps, counts, mesh, even)

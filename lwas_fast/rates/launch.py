@@ -230,8 +230,8 @@ def _fails(device: torch.device) -> str | None:
 
 def serves(group: dict[str, Any], probe: Probe) -> bool:
     """Whether the single launch takes a measurement into a bucket's rates; if not, plain torch does."""
-    bucket, shards = probe.bucket, probe.selection.shards
-    if wants_plain(group) or (shards is not None and not shards.even):
+    bucket = probe.bucket
+    if wants_plain(group) or not bucket.even:
         return False
     float32 = bucket.table.dtype == torch.float32 and all(p.dtype in FUSED_DTYPES for p in bucket.params)
     return float32 and why_not(bucket.table.device) is None

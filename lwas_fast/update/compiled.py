@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Generator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +17,39 @@ from lwas_fast.update import extension
 from lwas_fast.update.control import SLACK, control
 
 
-def compiled_step(rule: Rule, part: Part, scaling: Scaling, total: Callable[[Tensor], None] | None = None) -> None:
+def compiled_step(rule: Rule, part: Part, scaling: Scaling) -> None:
     """Take one step with some of a bucket's tensors; states and statistics are brought up to date.
-
-    Args:
-        rule: The optimizer's.
-        part: The tensors. Where ranks hold a part of every tensor each, the rank's own parts, and a selection whose
-            ``where`` has the elements of whole layers.
-        scaling: What a GradScaler sets.
-        total: Adds up over the ranks, in place, a float64 tensor (S, 4) on the table's device, S being the selection's
-            layers; must give the same bits on all of them. None where this process holds all of the tensors.
 
     Raises:
         TypeError: A dtype that the operator does not take. Nothing has been changed.
     """
+    operator, arguments = _call(rule, part, scaling)
+    operator(*arguments)
+
+
+def step_of_shards(rule: Rule, part: Part, scaling: Scaling) -> Generator[Tensor, Tensor, None]:
+    """The same where other processes hold parts of the tensors, in two parts.
+
+    It yields this process's sums over layers, (S, 4) float64, and is to be sent those of all, the same to the last bit
+    on each.
+
+    Raises:
+        TypeError: As above.
+    """
+    operator, arguments = _call(rule, part, scaling)
+    on, selection = part.bucket.table.device, part.selection
+    totals = torch.empty(len(selection.elements), 4, dtype=torch.float64, device=on)
+    scratch = None
+    if on.type == "cuda" and extension.EXTENSION is not None:
+        size = extension.EXTENSION.scratch_size([param.numel() for param in selection.here])
+        scratch = torch.empty(size, dtype=torch.float64, device=on)
+    operator(*arguments, totals, scratch)
+    totals = yield totals
+    operator(*arguments, totals, scratch, True)
+
+
+def _call(rule: Rule, part: Part, scaling: Scaling) -> tuple[Any, tuple[Any, ...]]:
+    """The operator, and its arguments up to those that take it in two parts."""
     bucket, selection, group, states, gradients = part
     lr: float | Tensor = group["lr"]
     on_device = None
@@ -38,9 +58,8 @@ def compiled_step(rule: Rule, part: Part, scaling: Scaling, total: Callable[[Ten
     scalars = (None if s is None else s.to(device=bucket.table.device, dtype=torch.float32) for s in scaling)
     warming, warmup_rate, gain, ramp, cap, largest = control(rule, group)
     assert rule.operator is not None  # `extension.serves` says so
-    operator = getattr(torch.ops.lwas_fast, rule.operator)
-    arguments = (
-        selection.params,
+    return getattr(torch.ops.lwas_fast, rule.operator), (
+        selection.here,
         gradients,
         *([state[name] for state in states] for name in rule.buffers(group)),
         bucket.table,
@@ -54,15 +73,3 @@ def compiled_step(rule: Rule, part: Part, scaling: Scaling, total: Callable[[Ten
         on_device,
         *scalars,
     )
-    if total is None:
-        operator(*arguments)
-        return
-    on = bucket.table.device
-    totals = torch.empty(len(selection.elements), 4, dtype=torch.float64, device=on)
-    scratch = None
-    if on.type == "cuda" and extension.EXTENSION is not None:
-        size = extension.EXTENSION.scratch_size([param.numel() for param in selection.params])
-        scratch = torch.empty(size, dtype=torch.float64, device=on)
-    operator(*arguments, totals, scratch)
-    total(totals)
-    operator(*arguments, totals, scratch, True)

@@ -21,7 +21,8 @@ from lwas_fast.update.control import control, stepped
 def plain_step(rule: Rule, part: Part, scaling: Scaling) -> Generator[Tensor, Tensor, None]:
     """Take one step with some of a bucket's tensors; states and statistics are brought up to date.
 
-    In two parts: it yields this process's share in sums over layers, and is to be sent the sums.
+    Where other processes hold parts of the tensors it takes it in two: it yields this process's sums over layers,
+    (S, 3) float64, and is to be sent those of all.
     """
     bucket, selection, group, states, gradients = part
     params = weights = selection.here
@@ -48,14 +49,17 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> Generator[Tensor, Te
     sizes = selection.squared_norms(weights)
     moves: Tensor | bool = True
     skips: Tensor | bool = False
-    if moving.alive is None and selection.shards is None:
-        sums = yield selection.per_layer(torch.stack([squares, sizes], 1))
+    lost = None if moving.alive is None else selection.sizes - moving.alive
+    if selection.shards is None:
+        lengths, sizes = selection.per_layer(squares), selection.per_layer(sizes)
+        lost = None if lost is None else selection.per_layer(lost)
     else:
-        lost = torch.zeros_like(squares) if moving.alive is None else selection.sizes - moving.alive
+        lost = torch.zeros_like(squares) if lost is None else lost
         sums = yield selection.share(torch.stack([squares, sizes, lost], 1).double())  # which counts exactly
-        skips = sums[:, 2] > 0
-        moves = (sums[:, 2] < selection.elements) | ~skips
-    lengths, sizes = sums[:, 0].to(selection.dtype), sums[:, 1].to(selection.dtype)
+        lengths, sizes, lost = sums[:, 0].to(squares), sums[:, 1].to(squares), sums[:, 2]
+    if lost is not None:
+        skips = lost > 0
+        moves = (lost < selection.elements) | ~skips
     bucket.steps[selection.places] += 1 if moves is True else selection.of_tensors(moves)
     old, elements = bucket.table[selection.rows], selection.counts
     table = stepped(old, sizes, elements, lengths, moves, skips, group["lr"], control(rule, group))

@@ -15,7 +15,7 @@ from lwas_fast.profiling import span
 from lwas_fast.rule import Part, Rule, Scaling
 from lwas_fast.update import extension
 from lwas_fast.update.average import check_state, follow
-from lwas_fast.update.compiled import compiled_step
+from lwas_fast.update.compiled import compiled_step, step_of_shards
 from lwas_fast.update.plain import plain_step
 
 
@@ -64,22 +64,28 @@ def run(layout: Layout, rule: Rule, parts: Sequence[Ready], scaling: Scaling) ->
     follow(layout, rule, numbers)
     layout.enter({ready.part.selection: ready.states for ready in parts})
     with span("update"):
-        plain = [ready.part for ready in parts if not ready.compiled]
+        in_two_parts = []
         for ready in parts:
-            if ready.compiled:
+            if ready.compiled and ready.part.selection.shards is None:
                 compiled_step(rule, ready.part, scaling)
-        if plain and torch.compiler.is_compiling():  # on a CPU numbers are read, which a trace cannot
-            torch.compiler.disable(_in_two_parts)(rule, plain, scaling)  # type: ignore[no-untyped-call]
-        elif plain:
-            _in_two_parts(rule, plain, scaling)
+            else:
+                in_two_parts.append(ready)
+        if in_two_parts and torch.compiler.is_compiling():  # on a CPU numbers are read, which a trace cannot
+            torch.compiler.disable(_in_two_parts)(rule, in_two_parts, scaling)  # type: ignore[no-untyped-call]
+        elif in_two_parts:
+            _in_two_parts(rule, in_two_parts, scaling)
     for number in numbers:
         layout.groups[number]["steps"] += 1
 
 
-def _in_two_parts(rule: Rule, parts: Sequence[Part], scaling: Scaling) -> None:
+def _in_two_parts(rule: Rule, parts: Sequence[Ready], scaling: Scaling) -> None:
     """Take steps whose sums are added up over processes between their parts: in one message, if on one mesh."""
-    steps = [plain_step(rule, part, scaling) for part in parts]
-    sums = shards.add_up([next(step) for step in steps], [part.selection.shards for part in parts])
-    for step, of_part in zip(steps, sums, strict=True):
+    waiting = []
+    for ready in parts:
+        step = (step_of_shards if ready.compiled else plain_step)(rule, ready.part, scaling)
+        if (sums := next(step, None)) is not None:
+            waiting.append((step, sums, ready.part.selection.shards))
+    totals = shards.add_up([sums for _, sums, _ in waiting], [of for _, _, of in waiting])
+    for (step, _, _), of_all in zip(waiting, totals, strict=True):
         with suppress(StopIteration):
-            step.send(of_part)
+            step.send(of_all)

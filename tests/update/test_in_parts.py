@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor
 from lwas_fast.rule import Part, Scaling
 from lwas_fast.table import Column
 from lwas_fast.update import extension
-from lwas_fast.update.compiled import compiled_step
+from lwas_fast.update.compiled import compiled_step, step_of_shards
 from lwas_fast.update.step import prepare
 
 pytestmark = pytest.mark.skipif(extension.EXTENSION is None, reason=f"no compiled update: {extension.MISSING}")
@@ -55,7 +56,7 @@ def part_of(opt, gradients: list[Tensor]) -> Part:
     params = [p for group in opt.param_groups for p in group["params"]]
     for p, g in zip(params, gradients, strict=True):
         p.grad = g.clone()
-    ((part, compiled),) = prepare(opt._layout, opt.rule)
+    ((part, _, compiled),) = prepare(opt._layout, opt.rule)
     assert compiled and len(part.selection.params) == len(SHAPES)
     return part
 
@@ -87,33 +88,19 @@ def as_part(part: Part, of: Holder, rank: int | None = None) -> Part:
     return Part(bucket, selection, part.group, of.states, [g.contiguous() for g in gradients])
 
 
-class Halted(Exception):
-    """Ends a step between its parts."""
-
-
 def take(opt, part: Part, scaling: Scaling) -> tuple[Holder, list[Holder], Tensor]:
     """The same step by one process and by two ranks; and what the ranks added up."""
     whole, ranks = holder(part), [holder(part, rank) for rank in (0, 1)]
+    before = copy.deepcopy(ranks)
     compiled_step(opt.rule, as_part(part, whole), scaling)
-    before, found = copy.deepcopy(ranks), []
-
-    def halt(totals: Tensor) -> None:
-        found.append(totals.clone())
-        raise Halted
-
-    # The first part alone, to learn each rank's sums; then both, from the start, for a second part follows its first.
-    for number, rank in enumerate(ranks):
-        with pytest.raises(Halted):
-            compiled_step(opt.rule, as_part(part, rank, number), scaling, halt)
-        assert torch.equal(rank.table, before[number].table) and torch.equal(rank.steps, before[number].steps)
-    sums = found[0] + found[1]
-
-    def add_up(totals: Tensor) -> None:
-        totals.copy_(sums)
-
-    for number, rank in enumerate(before):
-        compiled_step(opt.rule, as_part(part, rank, number), scaling, add_up)
-    return whole, before, sums
+    steps = [step_of_shards(opt.rule, as_part(part, rank, number), scaling) for number, rank in enumerate(ranks)]
+    sums = torch.stack([next(step) for step in steps]).sum(0)
+    for rank, old in zip(ranks, before, strict=True):
+        assert torch.equal(rank.table, old.table) and torch.equal(rank.steps, old.steps)
+    for step in steps:
+        with suppress(StopIteration):
+            step.send(sums.clone())
+    return whole, ranks, sums
 
 
 def close(one: Tensor, two: Tensor, dtype: torch.dtype, what: str) -> None:
@@ -213,7 +200,10 @@ def test_one_rank_in_two_parts_is_one_call_bit_for_bit(kind, dtype, device):
         one, two = holder(part), holder(part)
         versions = [tensor._version for tensor in two.all()]
         compiled_step(opt.rule, as_part(part, one), Scaling())
-        compiled_step(opt.rule, as_part(part, two), Scaling(), seen.append)
+        step = step_of_shards(opt.rule, as_part(part, two), Scaling())
+        seen.append(next(step))
+        with suppress(StopIteration):
+            step.send(seen[-1])
         for a, b, version in zip(one.all(), two.all(), versions, strict=True):
             assert torch.equal(a, b)
             assert b._version == version + 2  # once for each part
