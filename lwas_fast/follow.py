@@ -213,6 +213,10 @@ class Following:
             self._leave()  # an interrupt kept the last call from leaving
         if hold is None or place is None or self.pinned or self._inside or getattr(module, "_is_replica", False):
             return
+        # Trainers wrap the model when the optimizer has been made.
+        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is not None:
+            self._wrapped(wrapper)
         place(True)
         self._called = self._called or training
         if not training:
@@ -252,10 +256,6 @@ class Following:
         self.due = due is not None and due()
         if not self.due:
             return
-        # Trainers wrap the model when the optimizer has been made.
-        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if wrapper is not None:
-            self._wrapped(wrapper)
         self._opened = weakref.ref(module)
         call = Call(module, args, kwargs, list(self.params)) if self.replays else None
         if call is None:
@@ -324,6 +324,7 @@ class Following:
         if self.ddp() is not ddp:
             self._ddp = weakref.ref(ddp)
             self._handles.append(ddp.register_forward_pre_hook(self, prepend=True, with_kwargs=True))
+            self.replays = self.replays or ddp.static_graph  # which takes gradients by a backward of its own alone
 
     def after_step(self, due: bool, unheard: bool) -> None:
         """Note that a step was taken, and whether the next is to be measured, or may turn out to be."""

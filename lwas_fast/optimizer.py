@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lwas_fast import groups, measure, options, rates, shards, state, update, wrappers
 from lwas_fast.base import Now
 from lwas_fast.layers import Grouping
+from lwas_fast.parallel import ddp as replicas
 from lwas_fast.rule import Scaling
 from lwas_fast.says import warn
 from lwas_fast.weights import WithAverage
@@ -162,7 +163,9 @@ class LayerwiseOptimizer(WithAverage):
         waits = number < self._now.micro_batches or unsynced or held_back
         accumulated = False
         following = self._now.following
-        if not waits and self._due() and following is not None:
+        if (why := replicas.why_not_all(seen.ddp)) is not None:
+            self._say(why)
+        elif not waits and self._due() and following is not None:
             self._now.measured = None
             can_replay = len(calls) == 1 and not seen.keep
             call = calls[0] if can_replay else None
@@ -247,14 +250,16 @@ class LayerwiseOptimizer(WithAverage):
         start, versions = {p: grad.clone() for p, grad in stood.items()}, [shards.version(grad) for grad in stood.values()]
         value = measure.evaluate(closure)
         # The closure may have measured, by opt.backward or by the loss of a followed model.
-        if self._now.measured is None and value is not None:
+        of_model = None if self._now.following is None else self._now.following.ddp()
+        if (why := replicas.why_not_all(of_model)) is not None:
+            self._say(why)
+        elif self._now.measured is None and value is not None:
             # Whether it added to what stood there: a zero_grad, the optimizer's or the model's, leaves other traces.
             accumulated = window is self._now.window and all(
                 p.grad is grad and shards.version(grad) <= version + 1
                 for (p, grad), version in zip(stood.items(), versions, strict=True)
             )
-            ddp = None if self._now.following is None else self._now.following.ddp()
-            found = measure.again(self._subject(), closure, value, replay, 1.0, start, accumulated, ddp)
+            found = measure.again(self._subject(), closure, value, replay, 1.0, start, accumulated, of_model)
             self._take(found, "opt.step")
         return value
 

@@ -44,11 +44,18 @@ def check(ddp: DistributedDataParallel | None) -> None:
         raise CurvatureError(
             f"DistributedDataParallel's static_graph=True cannot be measured: leave it out, {_CLOSURE}"
         )
-    elif ddp._join_config.enable:
-        raise CurvatureError(
-            "a rank that has left the context of DistributedDataParallel.join() takes no part in measurements: give "
-            "all ranks as many batches"
-        )
+    elif (why := why_not_all(ddp)) is not None:
+        raise why
+
+
+def why_not_all(ddp: DistributedDataParallel | None) -> CurvatureError | None:
+    """What to say where replicas may be missing, which would be waited for; None where all take each step."""
+    if ddp is None or not ddp._join_config.enable:
+        return None
+    return CurvatureError(
+        "inside DistributedDataParallel.join() a rank that has run out of batches takes no part in measurements: give "
+        "all ranks as many batches"
+    )
 
 
 def refuse_accumulation() -> None:
