@@ -49,7 +49,7 @@ class Now:
     warned_of_lr: bool = False
     following: Following | None = None
     loading: dict[str, Any] | None = None
-    unplaced: list[tuple[dict[str, Any], list[list[float]]]] = field(default_factory=list)
+    unplaced: list[tuple[dict[str, Any], Any]] = field(default_factory=list)
 
 
 class WithLayers(Optimizer):

@@ -18,8 +18,9 @@ from lwas_fast.layers import Groups, parameter_name
 from lwas_fast.options import RANGES, REMOVED
 from lwas_fast.rule import Rule
 from lwas_fast.selection import state_dtype
+from lwas_fast.shards import mesh_of
 from lwas_fast.table import Column
-from lwas_fast.update import ROUNDED
+from lwas_fast.update import ROUNDED, TRAINED
 
 VERSION = 2
 COLUMNS = [column.name.lower() for column in Column]
@@ -76,6 +77,13 @@ def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], e
     if missing := {"step", "layer", *buffers} - set(entry):
         what = sorted(missing)[0]
         raise ValueError(f"the saved state of parameter {name} lacks {what!r}: it is not of {rule.name}")
+    for buffer in buffers:
+        if (mesh_of(param) is None) != (mesh_of(entry[buffer]) is None):
+            kinds = ("whole", "sharded") if mesh_of(param) is not None else ("sharded", "whole")
+            raise ValueError(
+                f"the saved {buffer} of parameter {name} is {kinds[0]}, and the parameter is {kinds[1]}: load the state "
+                "with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
     shapes = {buffer: tuple(param.shape) for buffer in buffers} | {"layer": (len(_columns_of(theirs)),)}
     for what, shape in shapes.items():
         if (found := tuple(entry[what].shape)) != shape:
@@ -94,8 +102,11 @@ def fit(groups: Groups, state: MutableMapping[Tensor, dict[str, Any]], saved: di
     for group, old in zip(groups, saved["param_groups"], strict=True):
         for param, key in zip(group["params"], old["params"], strict=True):
             for name, value in saved["state"].get(key, {}).items():
+                if name in (*ROUNDED, TRAINED) and mesh_of(param) is not None:
+                    state[param].pop(name, None)  # of a run that was not sharded
+                    continue
                 if isinstance(value, Tensor):
-                    dtype = value.dtype if name in ("step", "layer", *ROUNDED) else state_dtype(param)
+                    dtype = value.dtype if name in ("step", "layer", TRAINED, *ROUNDED) else state_dtype(param)
                     value = value.detach().to(device=param.device, dtype=dtype, copy=True)
                 state[param][name] = value
 

@@ -119,7 +119,7 @@ class WithAverage(WithLayers):
         """Take a parameter's weights, which were just loaded, for iterate and average at once."""
         if (of_param := self.state.get(param, {})).get("offset") is not None:
             of_param["offset"].zero_()
-            for name in update.ROUNDED:
+            for name in (*update.ROUNDED, update.TRAINED):
                 of_param.pop(name, None)
 
     def _check_training(self) -> None:
@@ -140,12 +140,12 @@ class WithAverage(WithLayers):
         self._layout.attach()
         saved = super().state_dict()
         for group, mine in zip(saved["param_groups"], self.param_groups, strict=True):
-            if self._now.following is not None:
-                for key, param in zip(group["params"], mine["params"], strict=True):
-                    if key in saved["state"]:
-                        saved["state"][key] = update.with_rounded(self.rule, mine, saved["state"][key], param)
-            if known := update.samples(self.rule, mine, self.state):
-                group["samples"] = known
+            beside_average = self._now.following is not None or not mine["train_mode"]
+            for key, param in zip(group["params"], mine["params"], strict=True):
+                if key in saved["state"]:
+                    saved["state"][key] = update.as_saved(self.rule, mine, saved["state"][key], param, beside_average)
+            if any("offset" in self.state.get(param, {}) for param in mine["params"]):
+                group["samples"] = update.samples(self.rule, mine, self.state)
             group["train_mode"] = mine["train_mode"] and self._now.following is None
         return saved
 
@@ -153,6 +153,8 @@ class WithAverage(WithLayers):
         """After loading: find out which weights the model holds, if it was loaded before; else `_place` does so."""
         meant = [group["train_mode"] for group in self.param_groups]
         for group in self.param_groups:
+            if any(shards.mesh_of(param) is not None for param in group["params"]):
+                group.pop("samples", None)  # of one that was not sharded
             if known := group.pop("samples", None):
                 training, average = update.holds(group, self.state, known)
                 if training != average:

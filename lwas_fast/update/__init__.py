@@ -4,12 +4,24 @@
 `extension.py`) take the step; `average.py` keeps the schedule-free average.
 """
 
-from lwas_fast.update.average import ROUNDED, average_of, averaged, check_training, holds, samples, swap, with_rounded
+from lwas_fast.update.average import (
+    ROUNDED,
+    TRAINED,
+    as_saved,
+    average_of,
+    averaged,
+    check_training,
+    holds,
+    samples,
+    swap,
+)
 from lwas_fast.update.extension import check_fused
 from lwas_fast.update.step import prepare, run
 
 __all__ = [
     "ROUNDED",
+    "TRAINED",
+    "as_saved",
     "average_of",
     "averaged",
     "check_fused",
@@ -19,5 +31,4 @@ __all__ = [
     "run",
     "samples",
     "swap",
-    "with_rounded",
 ]

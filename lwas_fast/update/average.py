@@ -10,6 +10,7 @@ window grows with the run are polynomial-decay averages (Shamir & Zhang, ICML 20
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -71,7 +72,7 @@ def swap(groups: Groups, state: State, rule: Rule, training: bool) -> None:
                 here, of_here = local(param), local_state(of_param)
                 if training:
                     here.copy_(_trained(rule, group, of_here, here))
-                    for name in ROUNDED:
+                    for name in (*ROUNDED, TRAINED):
                         of_param.pop(name, None)
                 else:
                     average = _average(rule, group, of_here, here)
@@ -91,6 +92,8 @@ def _average(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], weight
 
 def _trained(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], average: Tensor) -> Tensor:
     """The weights to train on, from their average and what rounding loses of them."""
+    if TRAINED in of_param:
+        return of_param[TRAINED]  # type: ignore[no-any-return]
     weights = _moved(average, of_param["offset"], _distance(rule, group))
     if ROUNDED[0] not in of_param:
         return weights
@@ -100,6 +103,7 @@ def _trained(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], averag
 
 # Names in a parameter's state: indices (K,) int64, and values (K,) of the parameter's dtype.
 ROUNDED = ("rounded_at", "rounded_to")
+TRAINED = "trained"  # likewise, in files: the weights to train on
 
 
 def rounded(
@@ -136,14 +140,26 @@ def average_of(rule: Rule, group: dict[str, Any], state: State, param: Tensor) -
 
 
 @torch.no_grad()
-def with_rounded(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], param: Tensor) -> dict[str, Any]:
-    """A state as a checkpoint has it beside the average: with what rounding loses of the weights to train on.
+def as_saved(
+    rule: Rule, group: dict[str, Any], of_param: dict[str, Any], param: Tensor, beside_average: bool
+) -> dict[str, Any]:
+    """A parameter's state as a checkpoint has it.
 
-    Not of a sharded parameter, of which each process would have another number of them.
+    `beside_average` tells whether the model's has the average. Then what rounding loses of the weights to train on is
+    saved, by `ROUNDED`; in a distributed run all of these weights, for torch.distributed.checkpoint takes no tensors
+    whose shapes change from step to step. Of sharded parameters nothing is saved: theirs come back but for rounding.
     """
-    if not group["train_mode"] or "offset" not in of_param or mesh_of(param) is not None:
+    if "offset" not in of_param:
         return of_param
-    return {**of_param, **rounded(rule, group, of_param, param, _average(rule, group, of_param, param))}
+    saved = {name: value for name, value in of_param.items() if name not in ROUNDED}
+    if mesh_of(param) is not None or not (beside_average or len(saved) < len(of_param)):
+        return saved
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        held = param.detach() if group["train_mode"] else _trained(rule, group, of_param, param.detach())
+        return {**saved, TRAINED: held.clone()}
+    if not group["train_mode"]:
+        return of_param
+    return {**saved, **rounded(rule, group, of_param, param, _average(rule, group, of_param, param))}
 
 
 SAMPLES = 32
@@ -162,20 +178,25 @@ def _element(tensor: Tensor, i: int) -> Tensor:
 
 
 @torch.no_grad()
-def samples(rule: Rule, group: dict[str, Any], state: State) -> list[list[float]]:
-    """A few of a group's weights to train on, each with its average: by these a checkpoint's parts know each other."""
+def samples(rule: Rule, group: dict[str, Any], state: State) -> str:
+    """A few of a group's weights to train on, each with its average: by these a checkpoint's parts know each other.
+
+    Pairs, as JSON: torch.distributed.checkpoint takes no lists whose lengths differ.
+    """
     distance, found = _distance(rule, group), []
     for param, i in _sampled(group, state):
         weight, offset = _element(param, i), _element(state[param]["offset"], i)
         pair = torch.stack([weight, _moved(weight, offset, -distance if group["train_mode"] else distance)])
         found.append((pair if group["train_mode"] else pair.flip(0)).cpu().double())
-    return torch.stack(found).tolist() if found else []
+    return json.dumps(torch.stack(found).tolist() if found else [])
 
 
 @torch.no_grad()
-def holds(group: dict[str, Any], state: State, known: list[list[float]]) -> tuple[bool, bool]:
+def holds(group: dict[str, Any], state: State, known: str | list[list[float]]) -> tuple[bool, bool]:
     """Whether a group's parameters agree with samples of the weights to train on, and with those of the average."""
     places = _sampled(group, state)
+    if isinstance(known, str):  # an earlier version saved a list
+        known = json.loads(known)
     if len(places) != len(known):
         return False, False
     mine = torch.stack([_element(param, i).detach().cpu().double() for param, i in places])
