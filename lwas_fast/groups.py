@@ -8,6 +8,8 @@ median of its layers' measured rates, times ``lr``, as of the last measurement.
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -54,6 +56,24 @@ def _checked_parameters(param_group: dict[str, Any], number: int) -> dict[str, A
             if bad:
                 raise ValueError(f"parameter {name} is {kind}: {remedy}")
     return group
+
+
+def refuse_part_of_model(optimizer: str) -> None:
+    """Refuse to be made by what gives each process other parameters, all of its own: no step would be of the model.
+
+    Raises:
+        ValueError: ``ZeroRedundancyOptimizer`` is making it.
+    """
+    caller: FrameType | None = sys._getframe(1)
+    for _ in range(8):  # constructors of ours and of torch's lie between
+        if caller is None:
+            return
+        if type(caller.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                f"ZeroRedundancyOptimizer gives each process an {optimizer} with other parameters, none of which knows "
+                "the others' steps: use fully_shard (FSDP2), which shards the state too"
+            )
+        caller = caller.f_back
 
 
 def prepare(

@@ -169,6 +169,9 @@ class Layout:
         groups: The optimizer's parameter groups, each with ``layer_names``.
         state: The optimizer's state; ``state[p]["layer"]`` is p's layer's row, where it is there.
         buffers_of: Names of the state tensors, shaped like the parameter, that a group keeps.
+
+    Raises:
+        ValueError: A group has other parameters than it was made with, and not as many.
     """
 
     def __init__(
@@ -178,6 +181,12 @@ class Layout:
         buffers_of: Callable[[dict[str, Any]], tuple[str, ...]],
     ):
         self.groups, self.state, self._buffers_of = groups, state, buffers_of
+        for number, group in enumerate(groups):
+            if len(group["params"]) != len(group["layer_names"]):
+                raise ValueError(
+                    f"parameter group {number} was made with {len(group['layer_names'])} parameters and now has "
+                    f"{len(group['params'])}: somebody put others there, as DeepSpeed's ZeRO does. Use fully_shard"
+                )
         self._params = [list(group["params"]) for group in groups]
         # What took part in the last step, and all entries of `state` then: to look each up costs more than a step.
         self._states: dict[Selection, list[dict[str, Any]]] = {}
@@ -280,7 +289,8 @@ class Layout:
                     for where, mesh in (home[layer], place)
                 )
                 raise ValueError(
-                    f"layer {layer!r} has tensors on {one} and on {other}; give them layers of their own through layers="
+                    f"layer {layer!r} has tensors on {one} and on {other}; "
+                    "give them layers of their own through layers="
                 )
             places.setdefault(place, []).append(i)
         for (device, mesh), members in places.items():

@@ -50,11 +50,13 @@ class LayerwiseOptimizer(WithAverage):
 
     Raises:
         TypeError: An unknown keyword, an option of an earlier version, or a parameter that is no tensor.
-        ValueError: A hyperparameter out of range; a sparse or complex parameter; an impossible ``layers=``.
+        ValueError: A hyperparameter out of range; an impossible ``layers=``; a sparse or complex parameter, or one of
+            FSDP1 or DeepSpeed's ZeRO; ``ZeroRedundancyOptimizer`` around it.
     """
 
     def __init__(self, params: ParamsT | nn.Module, own: dict[str, Any], layers: Grouping, common: options.Common):
         options.check_names(common, type(self).__name__)
+        groups.refuse_part_of_model(type(self).__name__)
         chosen: dict[str, Any] = {**own, **options.DEFAULTS, **common}
         model = params if isinstance(params, nn.Module) else None
         if model is not None:
@@ -111,8 +113,9 @@ class LayerwiseOptimizer(WithAverage):
         """``loss.backward()``, and the curvature pass when one is due.
 
         Gradient accumulation: pass ``last=False`` for every micro-batch but the last. The last one's curvature is
-        measured along the direction of all accumulated gradients, and counts for all. Gradients may be clipped or unscaled between `backward` and `step`. SGDLW's step is shorter by clipping; AdamWLW's is not, if
-        gradients are clipped at each step, for its directions have a length that does not depend on it.
+        measured along the direction of all accumulated gradients, and counts for all. Gradients may be clipped or
+        unscaled between `backward` and `step`. SGDLW's step is shorter by clipping; AdamWLW's is not, if gradients are
+        clipped at each step, for its directions have a length that does not depend on it.
 
         Args:
             loss: A scalar with its graph; or a callable that returns it, which ``hvp="finite_difference"`` needs
@@ -247,7 +250,8 @@ class LayerwiseOptimizer(WithAverage):
             return measure.evaluate(closure)
         params, window = self._layout.params, self._now.window
         replay, stood = measure.Replay(params), {p: p.grad for p in params if p.grad is not None}
-        start, versions = {p: grad.clone() for p, grad in stood.items()}, [shards.version(grad) for grad in stood.values()]
+        start = {p: grad.clone() for p, grad in stood.items()}
+        versions = [shards.version(grad) for grad in stood.values()]
         value = measure.evaluate(closure)
         # The closure may have measured, by opt.backward or by the loss of a followed model.
         of_model = None if self._now.following is None else self._now.following.ddp()
@@ -255,9 +259,13 @@ class LayerwiseOptimizer(WithAverage):
             self._say(why)
         elif self._now.measured is None and value is not None:
             # Whether it added to what stood there: a zero_grad, the optimizer's or the model's, leaves other traces.
-            accumulated = window is self._now.window and all(
-                p.grad is grad and shards.version(grad) <= version + 1
-                for (p, grad), version in zip(stood.items(), versions, strict=True)
+            accumulated = (
+                bool(stood)
+                and window is self._now.window
+                and all(
+                    p.grad is grad and shards.version(grad) <= version + 1
+                    for (p, grad), version in zip(stood.items(), versions, strict=True)
+                )
             )
             found = measure.again(self._subject(), closure, value, replay, 1.0, start, accumulated, of_model)
             self._take(found, "opt.step")

@@ -99,14 +99,15 @@ def add_up(values: Sequence[Tensor], of: Sequence[Shards | None]) -> list[Tensor
         dtype = torch.float64 if any(values[i].dtype == torch.float64 for i in members) else torch.float32
         flat = torch.cat([values[i].detach().flatten().to(values[members[0]].device, dtype) for i in members])
         flat = _summed(flat, shards.groups, shards.mesh.device_type)
-        for i, part in zip(members, flat.split([values[i].numel() for i in members]), strict=True):
+        for i, part in zip(members, torch.split(flat, [values[i].numel() for i in members]), strict=True):
             found[i] = part.view_as(values[i]).to(values[i])
     return found
 
 
 def mean(values: Tensor, mesh: Any) -> Tensor:
     """Average numbers over all processes of a mesh."""
-    return _summed(values, _groups(mesh, list(range(mesh.ndim))), mesh.device_type) / mesh.size()
+    total = _summed(values, _groups(mesh, list(range(mesh.ndim))), mesh.device_type)
+    return total / float(mesh.size())
 
 
 def _groups(mesh: Any, dims: list[int]) -> list[Any]:
@@ -116,7 +117,8 @@ def _groups(mesh: Any, dims: list[int]) -> list[Any]:
 
 
 def _summed(values: Tensor, groups: list[Any], device: str) -> Tensor:
-    there = values.detach().to(device, copy=True)  # of parameters that are kept on the CPU, too
+    # Of parameters that are offloaded to the CPU, to where the processes talk.
+    there = values.detach().to(device if values.is_cpu else values.device, copy=True)
     for group in groups:
         torch.distributed.all_reduce(there, group=group)
     return there.to(values.device)

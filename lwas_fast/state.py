@@ -81,8 +81,8 @@ def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], e
         if (mesh_of(param) is None) != (mesh_of(entry[buffer]) is None):
             kinds = ("whole", "sharded") if mesh_of(param) is not None else ("sharded", "whole")
             raise ValueError(
-                f"the saved {buffer} of parameter {name} is {kinds[0]}, and the parameter is {kinds[1]}: load the state "
-                "with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                f"the saved {buffer} of parameter {name} is {kinds[0]}, and the parameter is {kinds[1]}: load it with "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
     shapes = {buffer: tuple(param.shape) for buffer in buffers} | {"layer": (len(_columns_of(theirs)),)}
     for what, shape in shapes.items():

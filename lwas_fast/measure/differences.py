@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lwas_fast.measure.buffers import buffers_kept
 from lwas_fast.measure.probes import Probe, Products, passes, reach, shares
-from lwas_fast.shards import like, local, reshard
+from lwas_fast.shards import like, local, mesh_of, reshard
 
 # Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
 # balances rounding (weights and gradients keep that many digits) against the third derivative.
@@ -39,6 +39,12 @@ class Replay:
             yield
 
 
+def _copies(leaves: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Their gradients, in memory that the next evaluation does not write to; FSDP2 takes new memory for new ones."""
+    there = {leaf: leaf.grad for leaf in leaves if leaf.grad is not None}
+    return {leaf: grad.clone() if mesh_of(grad) is None else grad for leaf, grad in there.items()}
+
+
 @contextmanager
 def _gradients_kept(
     leaves: Sequence[Tensor], values: dict[Tensor, Tensor], start: dict[Tensor, Tensor]
@@ -52,7 +58,7 @@ def _gradients_kept(
     finally:
         for leaf, grad in kept:
             # Its memory may have been written to: gradients may be views of DDP's buckets, or of buffers of others.
-            if grad is not None and 0 not in grad.stride():
+            if grad is not None and values[leaf] is not grad and 0 not in grad.stride():
                 grad.copy_(values[leaf])
             elif grad is not None:  # expanded: one number for many elements
                 grad = values[leaf]
@@ -144,7 +150,7 @@ def by_differences(
     ]
     of_tensor = [probe.selection.per_tensor(e) for probe, e in zip(probes, eps, strict=True)]
     found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
-    before = {leaf: leaf.grad.clone() for leaf in leaves if leaf.grad is not None}
+    before = _copies(leaves)
     sharded = any(probe.bucket.mesh is not None for probe in probes)
     for members in passes(probes, estimator):
         moved = [local(probes[p].selection.params[i]) for p, i in members]
@@ -174,7 +180,7 @@ def gradients_alone(
 
     In a distributed run micro-batches may be averaged over processes with a window's last one only, all at once.
     """
-    before = {leaf: leaf.grad.clone() for leaf in leaves if leaf.grad is not None}
+    before = _copies(leaves)
     with _gradients_kept(leaves, before, {}), buffers_kept(leaves, model), replay.again():
         with torch.enable_grad():
             evaluate()

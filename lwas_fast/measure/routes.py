@@ -328,7 +328,8 @@ def again(
     with span("curvature"):
         start, estimator, model = start or {}, subject.how["curvature"], subject.model
         own = None
-        if together := accumulated and (ddp is not None or bool(_meshes(subject))):
+        together = subject.window.micro_batches > 0 and (ddp is not None or bool(_meshes(subject)))
+        if accumulated and together:
             start, own = {}, gradients_alone(lambda: evaluate(closure), replay, leaves, model)
         elif accumulated:
             own = {p: g - start[p] if p in start else g for p, g in gradients.items()}
@@ -336,7 +337,7 @@ def again(
         # As in `_measure`: of a window that was counted the descent is that of all its gradients.
         part = own if subject.window.micro_batches == 0 else None
         probes = make_probes(subject, gradients, of_gradients, scale, _joint(subject, loss, ddp), part)
-        base, computed_in = own if together else None, computed_in or shards.computed_in(model)
+        base, computed_in = own if accumulated and together else None, computed_in or shards.computed_in(model)
         products = by_differences(
             probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base, computed_in
         )

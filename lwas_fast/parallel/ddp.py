@@ -17,7 +17,7 @@ from lwas_fast.errors import CurvatureError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_CLOSURE = "or use opt.step(closure) with PyTorch's usual closure"
+_CLOSURE = "or make the optimizer with the model and call loss.backward(), or use opt.step(closure)"
 
 
 def _replicas(group: ProcessGroup | None = None) -> int:

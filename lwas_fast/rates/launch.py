@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import FUSED_DTYPES, Bucket, Layout, upload
+from lwas_fast.layers import FUSED_DTYPES, Layout, upload
 from lwas_fast.measure import Probe, Products, Vectors
 from lwas_fast.options import wants_plain
 from lwas_fast.rates.when import memory

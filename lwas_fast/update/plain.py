@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lwas_fast.rule import Moving, Part, Rule, Scaling, add_times, each
-from lwas_fast.selection import HALF, Selection, state_dtype
+from lwas_fast.selection import HALF, state_dtype
 from lwas_fast.table import Column
 from lwas_fast.update.control import control, stepped
 
@@ -60,7 +60,7 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> Generator[Tensor, Te
     if lost is not None:
         skips = lost > 0
         moves = (lost < selection.elements) | ~skips
-    bucket.steps[selection.places] += 1 if moves is True else selection.of_tensors(moves)
+    bucket.steps[selection.places] += selection.of_tensors(moves) if isinstance(moves, Tensor) else 1
     old, elements = bucket.table[selection.rows], selection.counts
     table = stepped(old, sizes, elements, lengths, moves, skips, group["lr"], control(rule, group))
     if scaling.found_inf is not None:

@@ -120,7 +120,9 @@ def test_a_second_call_measures_what_autograd_does(kind, way):
     torch.testing.assert_close(torch.tensor(found[0][:-1]), torch.tensor(found[1][:-1]), rtol=2e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("why", ["two calls", "changed in place", "input with a gradient", "penalty", "outputs of outputs"])
+@pytest.mark.parametrize(
+    "why", ["two calls", "changed in place", "input with a gradient", "penalty", "outputs of outputs"]
+)
 def test_what_cannot_be_measured_is_said_and_training_goes_on(why):
     model = Inside(Stubborn()) if why == "outputs of outputs" else Stubborn()
     opt = OPTIMIZERS["adamw"](model)

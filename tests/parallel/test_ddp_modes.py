@@ -182,7 +182,9 @@ MADE_WITH = ("model", "wrapper")
 MADE = [(name, made) for name in MODES for made in MADE_WITH]
 SCENARIOS = {f"{name}, {made}": partial(mode, name, made) for name, made in MADE}
 SCENARIOS |= {"branches": branches, "bad batch": bad_batch, "own groups": own_groups, "joined": joined}
-FAILS = [(who, how) for who in ((0,), (1,), (0, 1)) for how in ("autograd", "replay") if who == (0, 1) or how == "autograd"]
+FAILS = [
+    (who, how) for who in ((0,), (1,), (0, 1)) for how in ("autograd", "replay") if who == (0, 1) or how == "autograd"
+]
 SCENARIOS |= {f"fails {who} {how}": partial(fails, who, how) for who, how in FAILS}
 
 

@@ -12,10 +12,11 @@ from functools import partial
 
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, closing, loss_of, small_net
+from cases import OPTIMIZERS, batches, loss_of, small_net, usual
 from processes import results_of
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 from lwas_fast import CurvatureError
@@ -60,7 +61,7 @@ def train(opt, model, way, data):
         value = 0.0
         opt.zero_grad()
         if way == "closure":
-            losses.append(opt.step(closing(opt, lambda x=x, y=y: loss_of(model, (x, y)))).item())
+            losses.append(opt.step(usual(opt, model, (x, y))).item())
             continue
         for k, part in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
             if "without" in way and hasattr(model, "set_requires_gradient_sync"):
@@ -155,7 +156,7 @@ def told(rank):
         model = sharded(torch.float32)
         opt = OPTIMIZERS["adamw"](model.named_parameters(), update_every=3)
         for x, y in batches(8, torch.float32):
-            opt.step(closing(opt, lambda x=x, y=y: loss_of(model, (x, y))))
+            opt.step(usual(opt, model, (x, y)))
             if looks:
                 opt.eval()
                 with torch.no_grad():
@@ -186,28 +187,21 @@ def half(rank):
 
 
 def refused(rank):
-    said = []
     model = sharded()
     opt = OPTIMIZERS["adamw"](model.named_parameters())
-    batch = batches(1)[0]
-    for call in (lambda: opt.backward(loss_of(model, batch)),):
-        with pytest.raises(CurvatureError) as error:
-            call()
-        said.append(str(error.value))
-    with pytest.raises(ValueError, match="FSDP1"):
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        OPTIMIZERS["adamw"](FullyShardedDataParallel(small_net(torch.float32), device_id=torch.device("cpu")))
-    with pytest.raises(ValueError, match="FSDP1"):
-        module = FullyShardedDataParallel(
-            small_net(torch.float32), use_orig_params=True, device_id=torch.device("cpu")
-        )
-        OPTIMIZERS["adamw"](module.parameters())
+    with pytest.raises(CurvatureError, match="make the optimizer with the model"):
+        opt.backward(loss_of(model, batches(1)[0]))
+    assert all(p.grad is None for p in model.parameters())
+    for way in ({}, {"use_orig_params": True}):
+        module = FullyShardedDataParallel(small_net(torch.float32), device_id=torch.device("cpu"), **way)
+        for params in (module, module.parameters()):
+            with pytest.raises(ValueError, match="FSDP1"):
+                OPTIMIZERS["adamw"](params)
+    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer gives each process"):
+        ZeroRedundancyOptimizer(small_net().parameters(), OPTIMIZERS["adamw"])
     mixed = [("one.a", model[0].weight), ("one.b", nn.Parameter(torch.zeros(3, dtype=torch.float64)))]
-    opt = OPTIMIZERS["adamw"](mixed)
-    with pytest.raises(ValueError, match="'one' has tensors on"):
-        opt.rates()
-    return said
+    with pytest.raises(ValueError, match="'one' has tensors on cpu, distributed over .* and on cpu; give them"):
+        OPTIMIZERS["adamw"](mixed).rates()
 
 
 def long(rank):
@@ -232,13 +226,13 @@ def copied(rank):
     opt = OPTIMIZERS["adamw"](model.named_parameters(), update_every=2)
     data = batches(6)
     for x, y in data[:3]:
-        opt.step(closing(opt, lambda x=x, y=y: loss_of(model, (x, y))))
+        opt.step(usual(opt, model, (x, y)))
     saved = copy.deepcopy(opt.state_dict())
     weights = [whole(p).clone() for p in model.parameters()]
     found = []
     for _ in range(2):
         for x, y in data[3:]:
-            opt.step(closing(opt, lambda x=x, y=y: loss_of(model, (x, y))))
+            opt.step(usual(opt, model, (x, y)))
         found.append([whole(p).clone() for p in model.parameters()])
         with torch.no_grad():
             for p, value in zip(model.parameters(), weights, strict=True):
@@ -320,8 +314,19 @@ def test_half_precision_measures_and_trains(of_all):
 
 
 def test_what_cannot_be_is_refused(of_all):
-    for said in of_all("refused"):
-        assert "make the optimizer with the model" in said[0]
+    of_all("refused")
+
+
+def test_parameters_of_deepspeed_are_refused():
+    param = nn.Parameter(torch.zeros(3))
+    param.ds_id = 0
+    with pytest.raises(ValueError, match="parameter 0 of group 0 is part of DeepSpeed's ZeRO-3: use fully_shard"):
+        OPTIMIZERS["adamw"]([param])
+    opt = OPTIMIZERS["adamw"](small_net().parameters())
+    opt.param_groups[0]["params"] = [param]
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="made with 6 parameters and now has 1: .*DeepSpeed"):
+        opt.step()
 
 
 def test_ranks_agree_to_the_bit_and_nothing_piles_up(of_all):

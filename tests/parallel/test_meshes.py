@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, closing, loss_of, small_net
+from cases import OPTIMIZERS, batches, loss_of, small_net, usual
 from processes import results_of
 from test_fsdp import whole
 from torch import nn
@@ -53,7 +53,7 @@ def train(opt, model, way, data):
     for batch in data:
         opt.zero_grad()
         if way == "closure":
-            opt.step(closing(opt, lambda batch=batch: loss_of(model, batch)))
+            opt.step(usual(opt, model, batch))
         else:
             loss_of(model, batch).backward()
             opt.step()
