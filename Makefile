@@ -8,8 +8,8 @@
 #   make bench      whole steps, update and rates against torch's own, about 8 minutes: JSON and pictures in
 #                   bench/results/, tables at the end; ARGS="-k step" takes a part
 #   make lint       ruff, mypy, import-linter, clang-format
-#   make trainers   the scripts of examples/trainers, with AdamWLW and with AdamW, about 5 minutes; ARGS=--write puts the
-#                   table into the documentation
+#   make trainers   the scripts of examples/trainers, with AdamWLW and with AdamW, about 9 minutes; ARGS="NAME --write"
+#                   puts a script's row into the documentation's table, ARGS=--write all
 #   make docs       the documentation's pages in site/; a broken link fails
 #   make package    wheel and source distribution, each installed in a fresh environment and tried there, 3 minutes
 #   make clean      start over

@@ -3,7 +3,8 @@
     python -m examples.trainers [NAMES...] [--write]
 
 AdamW takes the place of AdamWLW in the script's own text, in one line. How many measurements were due and taken is
-counted by hooks on the optimizer's step. Exits with 1 where one that was due was not taken.
+counted by hooks on the optimizer's step, on rank 0 of a script that runs in several processes. Exits with 1 where one
+that was due was not taken.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ SCRIPTS = {
     "plain": "your own loop",
     "hf_trainer": "HF Trainer: accumulation, clipping, best checkpoint",
     "accelerate_loop": "Accelerate: accumulation, clipping",
+    "accelerate_ddp": "Accelerate, two processes: DDP, accumulation, clipping",
     "lightning_trainer": "Lightning, automatic: accumulation, clipping, best checkpoint",
+    "lightning_ddp": "Lightning, two processes: DDP, accumulation, clipping, best checkpoint",
+    "lightning_fsdp": "Lightning, two processes: FSDP2, accumulation, clipping, best checkpoint",
     "lightning_manual": "Lightning, manual: bf16, clipping",
     "fabric_loop": "Fabric: bf16, clipping",
     "timm_loop": "timm: ViT, bf16, loss scaler, clipping",
@@ -33,6 +37,11 @@ SCRIPTS = {
     "peft_lora": "peft: LoRA on BERT",
     "finetune": "fine-tuning a small CNN on 200 images",
 }
+PROCESSES = {"accelerate_ddp": 2, "lightning_ddp": 2, "lightning_fsdp": 2}  # others: one
+HEAD = (
+    "| trainer and script | lines that differ | measured | loss | torch's AdamW (best of three rates) |",
+    "| --- | --- | --- | --- | --- |",
+)
 OURS = re.compile(r"\bAdamWLW\((\w+)\)")
 
 
@@ -52,8 +61,10 @@ def run_here(name: str, rate: str | None) -> None:
     declare_torchvision()
     due: list[bool] = []
     taken: list[bool] = []
+    together: set[int] = set()
 
     def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        together.add(torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
         if isinstance(optimizer, LayerwiseOptimizer):
             due.append(optimizer.curvature_due)
 
@@ -68,13 +79,20 @@ def run_here(name: str, rate: str | None) -> None:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         exec(compile(text, f"{name}.py", "exec"), {"__name__": "__main__"})
+    if together != {PROCESSES.get(name, 1)}:  # each by itself would give fine losses, too
+        raise SystemExit(f"{name} took steps in groups of {together} processes")
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     loss = re.findall(r"^loss ([\d.]+)", shown.getvalue(), re.MULTILINE)[-1]
     print(json.dumps({"loss": float(loss), "due": sum(due), "taken": sum(taken)}))
 
 
 def run(name: str, rate: str | None = None) -> dict[str, float]:
-    """Run a script in a process of its own."""
+    """Run a script in a process of its own, or in as many as it takes."""
     command = [sys.executable, "-m", "examples.trainers", "--here", name, *([] if rate is None else [rate])]
+    if name in PROCESSES:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES[name])]
+        command[2:2] = [*launcher, "-m"]
     done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
     if done.returncode != 0:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -100,6 +118,16 @@ def row(name: str) -> tuple[str, bool]:
     return f"| {' | '.join(cells)} |", ours["taken"] == ours["due"] > 0
 
 
+def write(rows: dict[str, str]) -> None:
+    """Put rows into the table of docs/trainers.md; those of other scripts stay as they are."""
+    start, end = "<!-- trainers -->", "<!-- end of trainers -->"
+    before, rest = PAGE.read_text().split(start)
+    table, after = rest.split(end)
+    known = {found[1]: line for line in table.splitlines() if (found := re.search(r"\(`(\w+)\.py`\)", line))} | rows
+    lines = [*HEAD, *(known[name] for name in SCRIPTS if name in known)]
+    PAGE.write_text(before + start + "\n\n" + "\n".join(lines) + "\n\n" + end + after)
+
+
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -109,17 +137,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.here:
         return run_here(args.names[0], *args.names[1:] or [None])
-    head = "| trainer and script | lines that differ | measured | loss | torch's AdamW (best of three rates) |"
-    rows, good = [head, "| --- | --- | --- | --- | --- |"], True
+    rows, good = {}, True
+    print("\n".join(HEAD))
     for name in args.names or SCRIPTS:
-        found, all_taken = row(name)
-        print(found, flush=True)
-        rows.append(found)
+        rows[name], all_taken = row(name)
+        print(rows[name], flush=True)
         good = good and all_taken
     if args.write:
-        start, end = "<!-- trainers -->", "<!-- end of trainers -->"
-        before, rest = PAGE.read_text().split(start)
-        PAGE.write_text(before + start + "\n\n" + "\n".join(rows) + "\n\n" + end + rest.split(end)[1])
+        write(rows)
     sys.exit(not good)
 
 

@@ -1,10 +1,14 @@
 """The examples do what they say.
 
-Catches: a step that is lost, taken twice or measured on stale gradients when ordinary steps are compiled or captured.
+Catches: a step that is lost, taken twice or measured on stale gradients when ordinary steps are compiled or captured; a
+run of several processes whose ranks part, that leaves measurements out, or whose checkpoint is not what was saved.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,6 +45,22 @@ def test_log_rates(tmp_path):
     assert [int(row["step"]) for row in rows] == [0, 20, 40]
     assert {"loss", "applied/0", "applied/2", "measurements", "share_capped"} <= set(rows[0])
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
+def test_distributed(options, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*launcher, "examples.distributed", "--steps", "122", "--every", "1", "--folder", tmp_path, *options]
+    env = {name: value for name, value in os.environ.items() if name != "LWAS_FAST_DATA"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [float(loss) for loss in re.findall(r"^step +\d+, loss ([\d.]+)$", done.stdout, re.MULTILINE)]
+    assert len(losses) == 122 and sum(losses[-10:]) < 0.9 * sum(losses[10:20])
+    saved, loaded = re.search(r"^validation loss ([\d.]+), of the checkpoint ([\d.]+)$", done.stdout, re.M).groups()
+    assert saved == loaded
+    assert float(re.findall(r"^validation loss ([\d.]+)$", done.stdout, re.MULTILINE)[-1]) < float(saved)
+    assert "measurements: 13 due, 13 taken; rates equal on 2 ranks: True" in done.stdout
 
 
 @pytest.mark.gpu
