@@ -68,7 +68,8 @@ def refuse_part_of_model(optimizer: str) -> None:
     for _ in range(8):  # constructors of ours and of torch's lie between
         if caller is None:
             return
-        if type(caller.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
+        # Not by f_locals, which would keep alive what the user's functions hold.
+        if caller.f_code.co_filename.endswith("zero_redundancy_optimizer.py"):
             raise ValueError(
                 f"ZeroRedundancyOptimizer gives each process an {optimizer} with other parameters, none of which knows "
                 "the others' steps: use fully_shard (FSDP2), which shards the state too"

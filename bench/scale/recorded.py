@@ -130,12 +130,12 @@ def _measure(opt: LayerwiseOptimizer, params: list[Tensor], accumulated: bool) -
                 param.grad = torch.empty_like(param)
         return torch.zeros((), device=params[0].device, requires_grad=True)
 
-    start, window = {}, opt._now.window
+    window = opt._now.window
     if accumulated:
         evaluate()
-        start, window.micro_batches = {p: p.grad.clone() for p in params if p.grad is not None}, 1
+        window.micro_batches = 1
     loss, replay = evaluate(), Replay(params)
-    found = again(opt._subject(), evaluate, loss, replay, window.micro_batches + 1.0, start, accumulated)
+    found = again(opt._subject(), evaluate, loss, replay, window.micro_batches + 1.0, {}, accumulated)
     opt._take(found, "replay")
 
 

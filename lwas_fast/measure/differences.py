@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lwas_fast.measure.buffers import buffers_kept
-from lwas_fast.measure.probes import Probe, Products, passes, reach, shares
+from lwas_fast.measure.probes import Probe, Products, ordered_with_median, passes, reach, shares
 from lwas_fast.shards import like, local, mesh_of, reshard
 
 # Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
 # balances rounding (weights and gradients keep that many digits) against the third derivative.
 _RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
+
+
+_SPREAD = 16.0  # by how much of the median layer's displacement the shortest may shorten all
 
 
 class Replay:
@@ -97,24 +100,29 @@ def _gathered_anew(sharded: bool, model: nn.Module | None) -> Iterator[None]:
             reshard(model)
 
 
-def _dtypes(probe: Probe, computed_in: torch.dtype | None) -> set[torch.dtype]:
-    return {p.dtype for p in probe.selection.params} | ({computed_in} if computed_in is not None else set())
+def _displacements(probes: Sequence[Probe], estimator: str, computed_in: torch.dtype | None) -> list[Tensor]:
+    """For each probe (S,), the eps that a layer's direction is multiplied by; 0 where there is no direction.
 
-
-def _step_lengths(probes: Sequence[Probe], computed_in: torch.dtype | None) -> list[Tensor]:
-    """For each probe (S,), the eps that a layer's direction is multiplied by; 0 where there is no direction."""
-    found = []
+    Where layers share a product that is the same for all, as by automatic differentiation: what a layer finds of
+    another's terms goes by the ratio of their displacements. But no layer's is too short for the weights' precision, six
+    bits, or too long; and an absurd layer, whose must be tiny, does not set those of the others.
+    """
+    longest, least = [], []
     for probe, reaches in zip(probes, reach(probes), strict=True):
-        relative = max(_RELATIVE.get(dtype, 1e-3) for dtype in _dtypes(probe, computed_in))
-        found.append(torch.where(reaches.isfinite(), relative * reaches, 0.0))
-    return found
-
-
-def _least_share(probe: Probe, computed_in: torch.dtype | None) -> float:
-    """What leaves a displacement, see `shares`, six bits of the weights' precision."""
-    return min(
-        1.0, max(64 * torch.finfo(dtype).eps / _RELATIVE.get(dtype, 1e-3) for dtype in _dtypes(probe, computed_in))
-    )
+        dtypes = {p.dtype for p in probe.selection.params} | ({computed_in} if computed_in is not None else set())
+        there = torch.where(reaches.isfinite(), reaches, 0.0)
+        longest.append(there * max(_RELATIVE.get(dtype, 1e-3) for dtype in dtypes))
+        least.append(torch.minimum(there * max(64 * torch.finfo(dtype).eps for dtype in dtypes), longest[-1]))
+    along = longest
+    if estimator == "signs" and probes:
+        ordered, median = ordered_with_median([torch.where(e > 0, e, torch.nan) for e in longest])
+        common = torch.maximum(ordered[0], median / _SPREAD)
+        along = [
+            torch.where(e > 0, torch.maximum(common.to(e), low).minimum(e), e)
+            for e, low in zip(longest, least, strict=True)
+        ]
+    parts = shares(probes, estimator, along)
+    return [torch.maximum(e * share, low) for e, share, low in zip(along, parts, least, strict=True)]
 
 
 def by_differences(
@@ -143,11 +151,7 @@ def by_differences(
         own: The gradients of that evaluation alone, if ``.grad`` holds others (see `gradients_alone`).
         computed_in: The dtype that weights are cast to, if that is known: mixed precision rounds displacements away.
     """
-    lengths = _step_lengths(probes, computed_in)
-    eps = [
-        length * share.clamp(min=_least_share(probe, computed_in))
-        for probe, length, share in zip(probes, lengths, shares(probes, estimator, lengths), strict=True)
-    ]
+    eps = _displacements(probes, estimator, computed_in)
     of_tensor = [probe.selection.per_tensor(e) for probe, e in zip(probes, eps, strict=True)]
     found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
     before = _copies(leaves)

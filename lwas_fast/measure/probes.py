@@ -282,9 +282,7 @@ def shares(probes: Sequence[Probe], estimator: str, lengths: Sequence[Tensor] | 
     for p, probe in enumerate(probes):
         delta = probe.rows[:, Column.CURVATURE].abs().sqrt() * (1.0 if lengths is None else lengths[p])
         deltas.append(torch.where(delta > 0, delta, torch.nan))  # not measured yet, or not along now: no part of it
-    ordered = torch.cat([delta.to(deltas[0].device) for delta in deltas]).sort().values  # NaN last
-    half = (ordered.isfinite().sum() - 1).clamp(min=0) // 2
-    median = ordered.gather(0, half.view(1))[0]  # not nanmedian, which may wait for the device to know an index
+    ordered, median = ordered_with_median(deltas)
     most = _LONE * median
     ordinary = (ordered / median).where(ordered <= most, 0.0).norm() * median  # squares stay in range
     found = []
@@ -292,6 +290,13 @@ def shares(probes: Sequence[Probe], estimator: str, lengths: Sequence[Tensor] | 
         share = power_of_two(ordinary.to(delta) / delta).clamp(max=1.0)
         found.append(torch.where(delta > most.to(delta), share, 1.0))
     return found
+
+
+def ordered_with_median(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The numbers of all these tensors in order, NaN last, on the first one's device; and the median but for NaN."""
+    ordered = torch.cat([value.to(values[0].device) for value in values]).sort().values
+    half = (ordered.isfinite().sum() - 1).clamp(min=0) // 2
+    return ordered, ordered.gather(0, half.view(1))[0]  # not nanmedian, which may wait for the device to know an index
 
 
 def power_of_two(values: Tensor) -> Tensor:

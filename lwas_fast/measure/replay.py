@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lwas_fast.errors import CurvatureError
 from lwas_fast.measure.differences import Replay
 from lwas_fast.measure.probes import Subject
-from lwas_fast.measure.routes import Passing, Seen, again, scale_of, unscaled
+from lwas_fast.measure.routes import Passing, Seen, again, reduced_together, scale_of, unscaled
 from lwas_fast.measure.watch import with_graph
 
 
@@ -79,7 +79,8 @@ def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
         outputs = _between(loss, call.outputs)
         with _unhooked(outputs):
             slopes = torch.autograd.grad(loss, outputs, create_graph=True)
-        start = {p: p.grad.clone() for p in subject.layout.params if p.grad is not None}
+        stood = [] if reduced_together(subject, seen.ddp) else subject.layout.params
+        start = {p: p.grad.clone() for p in stood if p.grad is not None}
         scale = scale_of(loss, seen.scaler, subject.window)
         value = unscaled(loss, scale, subject.window)
     except Exception as error:

@@ -276,6 +276,11 @@ def _differences_of(
     return value, found
 
 
+def reduced_together(subject: Subject, ddp: DistributedDataParallel | None) -> bool:
+    """Whether several micro-batches' gradients may be averaged over processes at once, so that none is known alone."""
+    return subject.window.micro_batches > 0 and (ddp is not None or bool(_meshes(subject)))
+
+
 def _meshes(subject: Subject) -> list[Any]:
     return [bucket.mesh for bucket in subject.layout.buckets if bucket.mesh is not None]
 
@@ -328,8 +333,8 @@ def again(
     with span("curvature"):
         start, estimator, model = start or {}, subject.how["curvature"], subject.model
         own = None
-        together = subject.window.micro_batches > 0 and (ddp is not None or bool(_meshes(subject)))
-        if accumulated and together:
+        apart = accumulated and reduced_together(subject, ddp)
+        if apart:
             start, own = {}, gradients_alone(lambda: evaluate(closure), replay, leaves, model)
         elif accumulated:
             own = {p: g - start[p] if p in start else g for p, g in gradients.items()}
@@ -337,7 +342,7 @@ def again(
         # As in `_measure`: of a window that was counted the descent is that of all its gradients.
         part = own if subject.window.micro_batches == 0 else None
         probes = make_probes(subject, gradients, of_gradients, scale, _joint(subject, loss, ddp), part)
-        base, computed_in = own if accumulated and together else None, computed_in or shards.computed_in(model)
+        base, computed_in = own if apart else None, computed_in or shards.computed_in(model)
         products = by_differences(
             probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base, computed_in
         )

@@ -102,29 +102,29 @@ def peaks_of(shape, half, tokens, returns="logits", ranks=1, batches=1):
 
 
 def test_memory_while_the_model_is_called_once_more():
-    """On several ranks gathered weights and whole gradients are most of it; the measurement keeps four more vectors."""
+    """On several ranks gathered weights and whole gradients are most of it; the measurement keeps three more vectors."""
     (ordinary, measuring), count = peaks_of(Shape(2, 256, 704, 256, 1000), True, 2, ranks=4)
-    assert (measuring - ordinary) / count == pytest.approx(4 * 4, abs=0.3)
+    assert (measuring - ordinary) / count == pytest.approx(4 * 3, abs=0.3)
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_memory_of_a_step_that_measures(half):
     """Weights, state and gradient; what keeps both, the directions, the second gradient, and the difference.
 
-    With accumulation, besides: the gradient before the last micro-batch, and that of it alone.
+    With accumulation, besides: the gradient of the last micro-batch alone.
     """
     shape = Shape(2, 256, 704, 256, 1000)
     (ordinary, measuring), count = peaks_of(shape, half, 2)
-    assert measuring / count == pytest.approx(4 * 9, abs=0.1)
-    assert ordinary / count == pytest.approx(4 * 5, abs=0.1)  # plain torch on a CPU needs one more
+    assert measuring / count == pytest.approx(4 * 8, abs=0.1)
+    assert 4 * 4 <= ordinary / count < 4 * 5 + 0.1  # plain torch on a CPU needs one more
     (_, accumulated), count = peaks_of(shape, half, 2, batches=2)
-    assert accumulated / count == pytest.approx(4 * 11, abs=0.1)
+    assert accumulated / count == pytest.approx(4 * 9, abs=0.1)
     with fake_ranks(8) as mesh:
         model = shard(on_meta(shape), mesh, half)
         opt, local = AdamWLW(model), sum(part.numel() for part in here(list(model.parameters())))
         cases = ((True,), (False,), (True,), (True, True))
         _, *recorded = (record(opt, *case).peak / local for case in cases)
-    assert recorded == pytest.approx([4 * 4, 4 * 9, 4 * 11], abs=0.1)
+    assert recorded == pytest.approx([4 * 4, 4 * 8, 4 * 9], abs=0.1)
 
 
 @pytest.mark.parametrize(
