@@ -224,6 +224,9 @@ class LayerwiseOptimizer(WithAverage):
             value = self._evaluate(closure)
         self._check_training()  # the closure may have called eval()
         layout = self._layout  # once, for it is looked through for parameters that somebody replaced
+        following = self._now.following
+        if following is not None and following.due and following.params.isdisjoint(layout.home):
+            self._follow_again()
         parts = update.prepare(layout, self.rule)
         scales = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         scaling = Scaling(*(scale if isinstance(scale, Tensor) else None for scale in scales))
@@ -241,9 +244,16 @@ class LayerwiseOptimizer(WithAverage):
             self._now.micro_batches = self._now.window.micro_batches
         update.run(layout, self.rule, parts, scaling)
         self._close_window()
-        if self._now.following is not None:
+        if self._now.following is not None:  # perhaps another than before
             self._now.following.after_step(any(map(rates.is_due, self.param_groups)), self._now.outcome is not None)
         return value
+
+    def _follow_again(self) -> None:
+        """Where somebody sharded the model and put its new parameters into the groups, as Accelerate does."""
+        assert self._now.following is not None
+        model = self._now.following.model()
+        if model is not None and not self._layout.home.keys().isdisjoint(model.parameters()):
+            self.follow(model)
 
     def _evaluate(self, closure: Callable[[], Tensor | None]) -> Tensor | None:
         if not self.curvature_due:
