@@ -72,7 +72,7 @@ stage_tests() {
     >"$STAGES/tests_rates.log" 2>&1 &
   local status=0
   $PYTHON -m pytest -n 6 --dist loadfile -p no:benchmark -q -m "gpu and not slow" tests/update tests/rates \
-    tests/test_gpu.py tests/follow tests/examples --continue-on-collection-errors --junitxml="$STAGES/tests.xml" --durations=8 ||
+    tests/test_gpu.py tests/follow tests/parallel tests/examples --continue-on-collection-errors --junitxml="$STAGES/tests.xml" --durations=8 ||
     status=$?
   wait $! || status=$?
   tail -n 3 "$STAGES/tests_rates.log"

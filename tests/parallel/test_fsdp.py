@@ -15,7 +15,7 @@ import torch
 from cases import OPTIMIZERS, batches, loss_of, small_net, usual
 from processes import results_of
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
@@ -33,6 +33,7 @@ WAYS = {
     "accumulated": {},
     "accumulated without messages": {},
     "two groups": {},
+    "offloaded": {},
 }
 
 
@@ -92,7 +93,7 @@ def result_of(opt, model, losses):
 
 
 def shard(kind, way, rank):
-    model = sharded()
+    model = sharded(**({"offload_policy": CPUOffloadPolicy(pin_memory=False)} if way == "offloaded" else {}))
     opt = made(kind, way, model)
     data = [(x[rank::2], y[rank::2]) for x, y in batches(STEPS)]
     losses = train(opt, model, way, data)
