@@ -104,8 +104,8 @@ def _displacements(probes: Sequence[Probe], estimator: str, computed_in: torch.d
     """For each probe (S,), the eps that a layer's direction is multiplied by; 0 where there is no direction.
 
     Where layers share a product that is the same for all, as by automatic differentiation: what a layer finds of
-    another's terms goes by the ratio of their displacements. But no layer's is too short for the weights' precision, six
-    bits, or too long; and an absurd layer, whose must be tiny, does not set those of the others.
+    another's terms goes by the ratio of their displacements. But each is kept within what the weights' precision allows
+    (six bits of it at least), and an absurd layer, whose must be tiny, does not set those of the others.
     """
     longest, least = [], []
     for probe, reaches in zip(probes, reach(probes), strict=True):

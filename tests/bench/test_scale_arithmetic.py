@@ -102,7 +102,7 @@ def peaks_of(shape, half, tokens, returns="logits", ranks=1, batches=1):
 
 
 def test_memory_while_the_model_is_called_once_more():
-    """On several ranks gathered weights and whole gradients are most of it; the measurement keeps three more vectors."""
+    """On several ranks gathered weights and whole gradients are most of it; a measurement keeps three more vectors."""
     (ordinary, measuring), count = peaks_of(Shape(2, 256, 704, 256, 1000), True, 2, ranks=4)
     assert (measuring - ordinary) / count == pytest.approx(4 * 3, abs=0.3)
 
