@@ -209,8 +209,9 @@ class Following:
         hold, place = self._owner.hold(), self._owner.place()
         if self._in_backward:  # called once more, or for a checkpoint
             return
+        # An interrupt kept the last call from leaving; or this one is inside DDP's, which was opened.
         if self._inside and module is self._root() and (self._opened is None or self._opened() is module):
-            self._leave()  # an interrupt kept the last call from leaving
+            self._leave()
         if hold is None or place is None or self.pinned or self._inside or getattr(module, "_is_replica", False):
             return
         # Trainers wrap the model when the optimizer has been made.
@@ -265,11 +266,13 @@ class Following:
         def done(_module: nn.Module, _args: Any, output: Any) -> None:
             handle.remove()
             self._leave()
+            if output is None:  # it raised
+                return
             if call is not None:
                 call.returned(with_graph(output))
             self._calls = [*self._calls, call][-2:]  # more than one is of no use
             if self._sharded:
-                self._reached.update(*(leaves_of(tensor) for tensor in with_graph(output)))
+                self._reached.update(leaves_of(*with_graph(output)))
             watch.watch(self, output)
 
         handle = module.register_forward_hook(done, always_call=True)

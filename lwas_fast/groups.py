@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lwas_fast import options
 from lwas_fast.layers import Grouping, layer_names
+from lwas_fast.shards import why_hidden
 
 
 def _checked_parameters(param_group: dict[str, Any], number: int) -> dict[str, Any]:
@@ -46,12 +47,7 @@ def _checked_parameters(param_group: dict[str, Any], number: int) -> dict[str, A
                 "a DTensor of parts that are to be summed up",
                 "redistribute it, to Shard or Replicate",
             ),
-            (
-                type(param).__name__ == "FlatParameter" or hasattr(param, "_fsdp_flattened"),
-                "part of FullyShardedDataParallel (FSDP1), which hides whose layer's it is",
-                "use fully_shard (FSDP2)",
-            ),
-            (hasattr(param, "ds_id"), "part of DeepSpeed's ZeRO-3", "use fully_shard (FSDP2)"),
+            (why_hidden(param) is not None, *(why_hidden(param) or ("", ""))),
         ):
             if bad:
                 raise ValueError(f"parameter {name} is {kind}: {remedy}")

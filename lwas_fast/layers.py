@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lwas_fast.selection import HALF, Selection, state_dtype
-from lwas_fast.shards import Shards, mesh_of
+from lwas_fast.shards import Shards, copies_of, mesh_of, why_hidden
 from lwas_fast.table import Column
 
 Groups: TypeAlias = "Sequence[dict[str, Any]]"
@@ -100,7 +100,7 @@ def layer_names(params: Sequence[Tensor], names: Sequence[str] | None, rule: Gro
 
 @dataclass
 class Bucket:
-    """The layers of one parameter group on one device and one mesh; a rate never spans two of them.
+    """The layers of one parameter group on one device and mesh; a rate never spans two buckets.
 
     Attributes:
         group: Index of the parameter group.
@@ -112,7 +112,7 @@ class Bucket:
         steps: (N,) float32, the updates that each parameter has had.
         counts: Views of `steps`, one for each parameter.
         mesh: The ``DeviceMesh`` over which the parameters are distributed; None where they are this process's own.
-        even: Whether each process that adds up shards has its own of every parameter, as under FSDP2.
+        mixed: Whether its layers have tensors of which unlike numbers of processes hold the same part.
     """
 
     group: int
@@ -124,7 +124,7 @@ class Bucket:
     steps: Tensor
     counts: list[Tensor]
     mesh: Any = None
-    even: bool = True
+    mixed: bool = False
     _selections: dict[tuple[int, ...], Selection] = field(default_factory=dict)
 
     def select(self, indices: Sequence[int]) -> Selection:
@@ -157,7 +157,7 @@ class Bucket:
         owner = upload(layer, torch.int64, device)
         places = slice(None) if len(indices) == len(self.params) else upload(indices, torch.int64, device)
         params = [self.params[i] for i in indices]
-        shards = None if self.mesh is None else Shards(self.mesh, params)
+        shards = None if self.mesh is None else Shards(self.mesh, params, layer)
         dtype = self.table.dtype
         return Selection(indices, params, which, layer, index, owner, places, elements, where, decays, dtype, shards)
 
@@ -171,7 +171,7 @@ class Layout:
         buffers_of: Names of the state tensors, shaped like the parameter, that a group keeps.
 
     Raises:
-        ValueError: A group has other parameters than it was made with, and not as many.
+        ValueError: A group has other parameters than it was made with, and not as many, or of FSDP1 or ZeRO-3.
     """
 
     def __init__(
@@ -182,6 +182,9 @@ class Layout:
     ):
         self.groups, self.state, self._buffers_of = groups, state, buffers_of
         for number, group in enumerate(groups):
+            for i, param in enumerate(group["params"]):  # somebody may have put others there
+                if (why := why_hidden(param)) is not None:
+                    raise ValueError(f"parameter {parameter_name(group, i)} is {why[0]}: {why[1]}")
             if len(group["params"]) != len(group["layer_names"]):
                 raise ValueError(
                     f"parameter group {number} was made with {len(group['layer_names'])} parameters and now has "
@@ -279,7 +282,10 @@ class Layout:
 
     def _buckets_of(self, number: int) -> Iterator[Bucket]:
         group = self.groups[number]
-        places: dict[tuple[torch.device, Any], list[int]] = {}
+        places: dict[tuple[torch.device, Any, bool], list[int]] = {}
+        copies: dict[str, set[int]] = {}
+        for param, layer in zip(group["params"], group["layer_names"], strict=True):
+            copies.setdefault(layer, set()).add(copies_of(param))
         home: dict[str, tuple[torch.device, Any]] = {}
         for i, (param, layer) in enumerate(zip(group["params"], group["layer_names"], strict=True)):
             place = param.device, mesh_of(param)
@@ -292,8 +298,8 @@ class Layout:
                     f"layer {layer!r} has tensors on {one} and on {other}; "
                     "give them layers of their own through layers="
                 )
-            places.setdefault(place, []).append(i)
-        for (device, mesh), members in places.items():
+            places.setdefault((*place, len(copies[layer]) > 1), []).append(i)
+        for (device, mesh, mixed), members in places.items():
             layers = [group["layer_names"][i] for i in members]
             rows = {name: r for r, name in enumerate(dict.fromkeys(layers))}
             members = [i for _, i in sorted(zip(map(rows.__getitem__, layers), members, strict=True))]
@@ -309,6 +315,5 @@ class Layout:
                     table[r] = self.state[param]["layer"]
                     counts[i].copy_(self.state[param]["step"])
                     self.state[param] |= {"layer": table[r], "step": counts[i]}
-            even = mesh is None or Shards(mesh, params).even
             decays = [group.get("weight_decay_on") != "matrices" or param.ndim > 1 for param in params]
-            yield Bucket(number, params, row, list(rows), table, decays, steps, counts, mesh, even)
+            yield Bucket(number, params, row, list(rows), table, decays, steps, counts, mesh, mixed)

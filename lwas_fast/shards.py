@@ -22,10 +22,9 @@ def mesh_of(tensor: Tensor) -> Any:
     return getattr(tensor, "device_mesh", None)
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in the same memory."""
-    return tensor if mesh_of(tensor) is None else tensor.to_local()  # type: ignore[attr-defined]
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def version(tensor: Tensor) -> int:
@@ -33,7 +32,7 @@ def version(tensor: Tensor) -> int:
     return tensor._version if mesh_of(tensor) is None else tensor._version + local(tensor)._version
 
 
-def like(param: Tensor, tensor: Tensor) -> Tensor:
+def local_like(param: Tensor, tensor: Tensor) -> Tensor:
     """What this process holds of a tensor that belongs to a parameter: its gradient, say.
 
     Tensor parallelism may leave a gradient distributed otherwise than its parameter, also as parts of a sum.
@@ -45,50 +44,78 @@ def like(param: Tensor, tensor: Tensor) -> Tensor:
     return local(tensor)
 
 
-def local_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state, of which each tensor is what this process holds."""
-    return {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+def local_state(state: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Some tensors of a parameter's state, as this process holds them."""
+    return {name: local(state[name]) for name in names}
+
+
+def why_hidden(param: Tensor) -> tuple[str, str] | None:
+    """What makes a parameter another tensor than the model's, of which no layer can be told, and the way out."""
+    if type(param).__name__ == "FlatParameter" or hasattr(param, "_fsdp_flattened"):
+        return "part of FullyShardedDataParallel (FSDP1)", "use fully_shard (FSDP2)"
+    return ("part of DeepSpeed's ZeRO-3", "use fully_shard (FSDP2)") if hasattr(param, "ds_id") else None
+
+
+def copies_of(param: Tensor) -> int:
+    """How many processes of its mesh hold the same part of a parameter; 1 of an ordinary one."""
+    mesh = mesh_of(param)
+    if mesh is None:
+        return 1
+    places = enumerate(param.placements)  # type: ignore[attr-defined]
+    return math.prod(mesh.size(dim) for dim, place in places if place.is_replicate())
 
 
 class Shards:
-    """How the tensors of a selection, all on one mesh, are spread over processes.
+    """How the tensors of a selection, all on one mesh, are spread over its processes.
+
+    All processes of the mesh add up their parts, those of which there are copies by their share: a sum over a part of
+    the mesh could differ in the last bit from that over another, and so would the weights from there on.
 
     Args:
         mesh: Theirs.
         params: The tensors, DTensors all.
+        layer: For each, its layer's number: 0, 1, ..., in order.
 
     Attributes:
-        weights: For each tensor, one over the processes that hold the same part of it, where these add up their parts.
-        even: Whether that is 1 for all, as under FSDP2.
+        mesh: See above.
+        copies: (N,) float64, for each tensor, how many processes hold the same part of it.
+        of_layers: (S, 1) float64, likewise for each layer, of its first tensor.
     """
 
-    def __init__(self, mesh: Any, params: Sequence[Tensor]):
+    def __init__(self, mesh: Any, params: Sequence[Tensor], layer: Sequence[int]):
         self.mesh = mesh
-        spread = [[not place.is_replicate() for place in p.placements] for p in params]  # type: ignore[attr-defined]
-        self._dims = [dim for dim in range(mesh.ndim) if any(places[dim] for places in spread)]
-        copies = [[mesh.size(dim) for dim in self._dims if not places[dim]] for places in spread]
-        self.weights = [1 / math.prod(sizes) for sizes in copies]
-        self.even = all(weight == 1 for weight in self.weights)
+        found, device = list(map(copies_of, params)), params[0].device
+        firsts = [found[layer.index(number)] for number in dict.fromkeys(layer)]
+        self._single = set(found) == {1}
+        self.copies = torch.tensor(found, dtype=torch.float64, device=device)  # once, for it waits for the device
+        self.of_layers = torch.tensor(firsts, dtype=torch.float64, device=device).view(-1, 1)
 
     def share(self, values: Tensor) -> Tensor:
         """This process's share in sums of numbers of tensors, (N, ...)."""
-        if self.even:
-            return values
-        weights = torch.tensor(self.weights, dtype=values.dtype, device="cpu").to(values.device)
-        return values * weights.view(-1, *[1] * (values.dim() - 1))
+        return values if self._single else values / self.copies.to(values).view(-1, *[1] * (values.dim() - 1))
+
+    def share_of_layers(self, sums: Tensor) -> Tensor:
+        """Likewise of sums over layers, (S, ...), where a layer's tensors have as many copies."""
+        return sums if self._single else sums / self.of_layers.to(sums)
 
     @cached_property
     def groups(self) -> list[Any]:
-        """The process groups over which parts are added up, one after the other: one, most often."""
-        return _groups(self.mesh, self._dims)
+        """The process groups over which parts are added up: one; of old releases of torch perhaps one a dimension."""
+        return groups_of(self.mesh)
 
 
-def add_up(values: Sequence[Tensor], of: Sequence[Shards | None]) -> list[Tensor]:
+def add_up(values: Sequence[Tensor], of: Sequence[Shards | None], average: bool = False) -> list[Tensor]:
     """Sum tensors over the processes that hold parts of what they are of; all get the same bits.
 
-    Those of one mesh go in one message; what is not sharded is returned as it is.
+    Those of one mesh go in one message. What is not sharded is returned as it is; or if told to `average`, and other
+    things are sharded, as its mean over the largest mesh: all of a measurement must be equal on all processes.
     """
     found = list(values)
+    meshes = [shards for shards in of if shards is not None]
+    if average and meshes and len(meshes) < len(of):
+        largest = max(meshes, key=lambda shards: shards.mesh.size())
+        found = [v if shards is not None else v / largest.mesh.size() for v, shards in zip(values, of, strict=True)]
+        return add_up(found, [largest if shards is None else shards for shards in of])
     together: dict[Any, list[int]] = {}
     for i, shards in enumerate(of):
         if shards is not None and shards.groups:
@@ -106,14 +133,18 @@ def add_up(values: Sequence[Tensor], of: Sequence[Shards | None]) -> list[Tensor
 
 def mean(values: Tensor, mesh: Any) -> Tensor:
     """Average numbers over all processes of a mesh."""
-    total = _summed(values, _groups(mesh, list(range(mesh.ndim))), mesh.device_type)
-    return total / float(mesh.size())
+    return _summed(values, groups_of(mesh), mesh.device_type) / float(mesh.size())
 
 
-def _groups(mesh: Any, dims: list[int]) -> list[Any]:
-    if len(dims) == mesh.ndim > 1 and mesh.size() == torch.distributed.get_world_size():
+def groups_of(mesh: Any) -> list[Any]:
+    """A process group of all processes of a mesh, in which a message gives each the same bits."""
+    dims = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+    if len(dims) < 2:
+        return [mesh.get_group(dim) for dim in dims]
+    if mesh.size() == torch.distributed.get_world_size():
         return [torch.distributed.group.WORLD]
-    return [mesh.get_group(dim) for dim in dims if mesh.size(dim) > 1]
+    flatten = getattr(mesh, "_flatten", None)  # the same on all its processes, so that they make the group together
+    return [mesh.get_group(dim) for dim in dims] if flatten is None else [flatten().get_group()]
 
 
 def _summed(values: Tensor, groups: list[Any], device: str) -> Tensor:
@@ -124,27 +155,48 @@ def _summed(values: Tensor, groups: list[Any], device: str) -> Tensor:
     return there.to(values.device)
 
 
-def _fsdp_states(modules: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """The modules among these that FSDP2 manages, each with what it keeps of them."""
+def _fsdp_groups(model: nn.Module | None) -> Iterator[Any]:
+    """What FSDP2 keeps of each group of parameters that it gathers together: of a model, or of all that are alive."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        for module in modules:
-            if issubclass(type(module), fsdp.FSDPModule):  # by type(): the __class__ of a proxy may run anything
-                yield module, module._get_fsdp_state()
+    if fsdp is None:
+        return
+    modules: Iterable[Any] = _all_composed() if model is None else model.modules()
+    for module in modules:
+        if issubclass(type(module), fsdp.FSDPModule):  # by type(): the __class__ of a proxy may run anything
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            yield from (group for group in groups if group is not None)
+
+
+def _all_composed() -> list[Any]:
+    known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
+    return gc.get_objects() if known is None else list(known)
 
 
 def gradients_held_back(model: nn.Module | None) -> bool:
-    """Whether FSDP2 was told not to reduce gradients yet: ``set_requires_gradient_sync(False)``."""
-    for _, state in _fsdp_states(() if model is None else model.modules()):
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        return any(group is not None and not group.reduce_grads for group in groups)
-    return False
+    """Whether FSDP2 was told not to reduce gradients yet, or not over all processes.
+
+    By ``set_requires_gradient_sync(False)`` or ``set_requires_all_reduce(False)``.
+    """
+    groups = () if model is None else _fsdp_groups(model)
+    return any(not (getattr(g, "reduce_grads", True) and getattr(g, "all_reduce_grads", True)) for g in groups)
 
 
 def computed_in(model: nn.Module | None) -> torch.dtype | None:
     """The dtype that FSDP2's mixed precision casts weights to; None if there is none."""
-    dtypes = (state._mp_policy.param_dtype for _, state in _fsdp_states(() if model is None else model.modules()))
-    return next(filter(None, dtypes), None)
+    policies = (getattr(group, "mp_policy", None) for group in (() if model is None else _fsdp_groups(model)))
+    return next(filter(None, (getattr(policy, "param_dtype", None) for policy in policies)), None)
+
+
+def loss_factor(model: nn.Module | None) -> float:
+    """What the mean of the processes' losses is to be multiplied by to be the loss that FSDP2's gradients are of.
+
+    Not 1 after ``set_gradient_divide_factor``, with a loss that each process divided by what is known of all, say.
+    """
+    for group in () if model is None else _fsdp_groups(model):
+        factor, mesh = getattr(group, "gradient_divide_factor", None), getattr(group, "mesh_info", None)
+        return 1.0 if factor is None or mesh is None else float(mesh.mesh.size() / factor)
+    return 1.0
 
 
 def reshard(model: nn.Module | None) -> None:
@@ -153,5 +205,5 @@ def reshard(model: nn.Module | None) -> None:
     Args:
         model: Whose; if that is not known, of every module that is alive.
     """
-    for module, _ in _fsdp_states(gc.get_objects() if model is None else model.modules()):
-        module.reshard()
+    for group in _fsdp_groups(model):
+        group._to_sharded()  # not reshard(), which leaves the root's gathered where a call of it was broken off

@@ -22,7 +22,7 @@ from lwas_fast.shards import mesh_of
 from lwas_fast.table import Column
 from lwas_fast.update import ROUNDED, TRAINED
 
-VERSION = 2
+VERSION = 3
 COLUMNS = [column.name.lower() for column in Column]
 # Of version 1, which did not say so.
 FIRST_COLUMNS = (

@@ -107,7 +107,7 @@ class WithAverage(WithLayers):
     def _hold(self, training: bool) -> None:
         self._place()
         update.swap(self.param_groups, self.state, self.rule, training)
-        if any(bucket.mesh is not None for bucket in self._layout.buckets):
+        if any(shards.mesh_of(param) is not None for group in self.param_groups for param in group["params"]):
             shards.reshard(self._model())
         self._note_held()
 
@@ -119,8 +119,7 @@ class WithAverage(WithLayers):
         """Take a parameter's weights, which were just loaded, for iterate and average at once."""
         if (of_param := self.state.get(param, {})).get("offset") is not None:
             of_param["offset"].zero_()
-            for name in (*update.ROUNDED, update.TRAINED):
-                of_param.pop(name, None)
+            update.forget_rounding(of_param)
 
     def _check_training(self) -> None:
         self._place()
@@ -158,7 +157,7 @@ class WithAverage(WithLayers):
             if known := group.pop("samples", None):
                 training, average = update.holds(group, self.state, known)
                 if training != average:
-                    group["train_mode"] = training
+                    self._found_to_train(group, training)
                 elif not training and self._now.following is not None:
                     self._now.unplaced.append((group, known))
         if self._now.following is not None:
@@ -168,13 +167,19 @@ class WithAverage(WithLayers):
         for group, training in zip(self.param_groups, meant, strict=True):
             update.swap([group], self.state, self.rule, training)
 
+    def _found_to_train(self, group: dict[str, Any], training: bool) -> None:
+        group["train_mode"] = training
+        if training:
+            for param in group["params"]:
+                update.forget_rounding(self.state.get(param, {}))
+
     def _place(self, at_last: bool = True) -> bool:
         """Find out the same later, or `at_last`, before the weights are needed; whether it is known now."""
         unplaced, self._now.unplaced = self._now.unplaced, []
         for group, known in unplaced:
             training, average = update.holds(group, self.state, known)
             if training or average:
-                group["train_mode"] = training and not average
+                self._found_to_train(group, training and not average)
                 continue
             if not at_last:
                 self._now.unplaced.append((group, known))

@@ -8,7 +8,7 @@
 from lwas_fast.measure.differences import Replay
 from lwas_fast.measure.probes import Measurement, Probe, Products, Subject, Vectors, Window, squared_lengths
 from lwas_fast.measure.replay import Call, replayed
-from lwas_fast.measure.routes import Seen, again, backward, evaluate, in_passing, without
+from lwas_fast.measure.routes import Seen, again, backward, evaluate, in_passing
 from lwas_fast.measure.watch import released, with_graph
 
 __all__ = [
@@ -29,5 +29,4 @@ __all__ = [
     "replayed",
     "squared_lengths",
     "with_graph",
-    "without",
 ]

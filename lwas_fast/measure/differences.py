@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lwas_fast.measure.buffers import buffers_kept
 from lwas_fast.measure.probes import Probe, Products, ordered_with_median, passes, reach, shares
-from lwas_fast.shards import like, local, mesh_of, reshard
+from lwas_fast.shards import local, local_like, mesh_of, reshard
 
 # Length of the displacement relative to the layer's weights: about the root of the parameters' precision, which
 # balances rounding (weights and gradients keep that many digits) against the third derivative.
@@ -108,11 +108,13 @@ def _displacements(probes: Sequence[Probe], estimator: str, computed_in: torch.d
     (six bits of it at least), and an absurd layer, whose must be tiny, does not set those of the others.
     """
     longest, least = [], []
-    for probe, reaches in zip(probes, reach(probes), strict=True):
-        dtypes = {p.dtype for p in probe.selection.params} | ({computed_in} if computed_in is not None else set())
+    of_each = [{p.dtype for p in probe.selection.params} | {computed_in or torch.float64} for probe in probes]
+    together = set().union(*of_each)  # whose coarsest has them all displaced by as much
+    for reaches, own in zip(reach(probes), of_each, strict=True):
+        dtypes = together if estimator == "signs" else own
         there = torch.where(reaches.isfinite(), reaches, 0.0)
         longest.append(there * max(_RELATIVE.get(dtype, 1e-3) for dtype in dtypes))
-        least.append(torch.minimum(there * max(64 * torch.finfo(dtype).eps for dtype in dtypes), longest[-1]))
+        least.append(torch.minimum(there * max(64 * torch.finfo(dtype).eps for dtype in own), longest[-1]))
     along = longest
     if estimator == "signs" and probes:
         ordered, median = ordered_with_median([torch.where(e > 0, e, torch.nan) for e in longest])
@@ -188,7 +190,7 @@ def gradients_alone(
     with _gradients_kept(leaves, before, {}), buffers_kept(leaves, model), replay.again():
         with torch.enable_grad():
             evaluate()
-        return {leaf: leaf.grad for leaf in leaves if leaf.grad is not None}
+        return _copies(leaves)  # DDP's may be views of buckets, which are written to again
 
 
 @torch.no_grad()
@@ -196,5 +198,5 @@ def _difference(probe: Probe, i: int, before: dict[Tensor, Tensor]) -> Tensor:
     param, direction = probe.selection.params[i], probe.vectors.directions[i]
     if param.grad is None or param not in before:  # the evaluations differ in more than the weights: no number
         return torch.full_like(direction, torch.nan)
-    after, base = like(param, param.grad), like(param, before[param])
+    after, base = local_like(param, param.grad), local_like(param, before[param])
     return after.to(direction.dtype) - base.to(direction.dtype)

@@ -15,6 +15,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -182,7 +183,7 @@ def make_probes(
         factor, of_product = (-scale, -of_products) if group["maximize"] else (scale, of_products)
         as_is = isinstance(factor, float) and factor == 1.0
         dtypes = [state_dtype(p) for p in selection.params]
-        raw = [shards.like(p, gradients[p].detach()) for p in selection.params]
+        raw = [shards.local_like(p, gradients[p].detach()) for p in selection.params]
         scaled = [g.to(dtype) if as_is else g.to(dtype) * factor for g, dtype in zip(raw, dtypes, strict=True)]
         here = _here(layout, bucket, selection, scaled, [-own[layer] for layer in selection.layer])
         used, directions = subject.rule.directions(group, here)
@@ -191,7 +192,7 @@ def make_probes(
         l2 = 0.0 if subject.rule.decoupled else group["weight_decay"]
         if last is not None:
             parts = [last[p].detach() if p in last else torch.zeros_like(p) for p in selection.params]
-            parts = list(map(shards.like, selection.params, parts))
+            parts = list(map(shards.local_like, selection.params, parts))
             used = [g.to(dtype) * of_product for g, dtype in zip(parts, dtypes, strict=True)]
             used = with_decay(used, here.weights, here.decays, l2)
         acting = {selection.layer[i] for i in selection.decays}
@@ -218,7 +219,7 @@ def blank_probes(subject: Subject, loss: Tensor) -> list[Probe]:
 
 def _here(layout: Layout, bucket: Bucket, selection: Selection, gradients: list[Tensor], factors: list[float]) -> Here:
     return Here(
-        [shards.local_state(layout.state_of(bucket, i)) for i in selection.indices],
+        [shards.local_state(state, state.keys()) for state in map(partial(layout.state_of, bucket), selection.indices)],
         [p.detach().to(state_dtype(p)) for p in selection.here],
         gradients,
         selection.decays,
@@ -234,14 +235,16 @@ def squared_lengths(layout: Layout, rule: Rule, probes: Sequence[Probe], scaling
     for probe in probes:
         selection = probe.selection
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in selection.params]
-        gradients = [shards.like(p, g).to(state_dtype(p)) for g, p in zip(gradients, selection.params, strict=True)]
+        gradients = [
+            shards.local_like(p, g).to(state_dtype(p)) for g, p in zip(gradients, selection.params, strict=True)
+        ]
         if scaling.grad_scale is not None:
             scale = scaling.grad_scale.to(selection.elements.device).reshape(())
             gradients = list(torch._foreach_div(gradients, scale))
         here = _here(layout, probe.bucket, selection, gradients, [1.0] * len(gradients))
         directions = rule.directions(layout.group_of(probe.bucket), here)[1]
         found.append(selection.share(squared_norms(directions, probe.bucket.table.dtype)))
-    return shards.add_up(found, [probe.selection.shards for probe in probes])
+    return shards.add_up(found, [probe.selection.shards for probe in probes], average=True)
 
 
 @torch.no_grad()
@@ -254,7 +257,8 @@ def reach(probes: Sequence[Probe]) -> list[Tensor]:
         both = torch.stack([squared_norms(tensors, dtype) for tensors in (weights, directions)], 1)
         squares.append(probe.selection.share(both))
     found = []
-    for probe, both in zip(probes, shards.add_up(squares, [p.selection.shards for p in probes]), strict=True):
+    of_all = shards.add_up(squares, [probe.selection.shards for probe in probes], average=True)
+    for probe, both in zip(probes, of_all, strict=True):
         size, along = both.unbind(1)
         found.append(torch.where(along > 0, (size.maximum(probe.selection.floor.square()) / along).sqrt(), torch.inf))
     return found

@@ -24,11 +24,10 @@ def _nodes(outputs: Iterable[Tensor]) -> Iterator[Node]:
                 stack.append(parent)
 
 
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """Every leaf that ``loss.backward()`` would give a gradient, in a fixed order."""
-    if loss.grad_fn is None:
-        return [loss] if loss.requires_grad else []
-    found = {node.variable: None for node in _nodes([loss]) if hasattr(node, "variable")}  # AccumulateGrad nodes
+def leaves_of(*outputs: Tensor) -> list[Tensor]:
+    """Every leaf that ``backward()`` of a loss, or of any of some tensors, would give a gradient, in a fixed order."""
+    found = {output: None for output in outputs if output.grad_fn is None and output.requires_grad}
+    found |= {node.variable: None for node in _nodes(outputs) if hasattr(node, "variable")}  # AccumulateGrad nodes
     return list(found)
 
 

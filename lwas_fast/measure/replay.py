@@ -19,20 +19,24 @@ from torch.utils import _pytree as pytree
 from lwas_fast.errors import CurvatureError
 from lwas_fast.measure.differences import Replay
 from lwas_fast.measure.probes import Subject
-from lwas_fast.measure.routes import Passing, Seen, again, reduced_together, scale_of, unscaled
-from lwas_fast.measure.watch import with_graph
+from lwas_fast.measure.routes import Passing, Seen, again, reduced_together, scale_of, talking_to, unscaled
+from lwas_fast.measure.watch import marked, unhooked, with_graph
+from lwas_fast.parallel.ddp import agree, check_alone
 
 
 class Call:
     """A call of a model, which can be made again as it was."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Tensor]):
-        self.module, self.args, self.kwargs = module, args, kwargs
+        self.module = module
+        # Containers of its own: the model may take something out of those that it was given.
+        self.args, self.kwargs = pytree.tree_map(lambda leaf: leaf, (args, kwargs))
         self.random = Replay(params)
         devices = {"cpu", *(param.device.type for param in params)}
         self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
         self._versions = [(t, t._version) for t in self._inputs() if not t.is_inference()]
         self.outputs: list[Tensor] = []
+        self.hooks: list[set[int]] = []  # of each output, those that the model itself put onto it
 
     def _inputs(self) -> list[Tensor]:
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
@@ -45,6 +49,8 @@ class Call:
     def returned(self, outputs: list[Tensor]) -> None:
         """Note what it returned: the tensors that have a graph, in a fixed order."""
         self.outputs = outputs
+        with torch._C.DisableTorchFunctionSubclass():
+            self.hooks = [set(output._backward_hooks or {}) for output in outputs]
         self._versions += [(tensor, tensor._version) for tensor in outputs]
 
     def check(self) -> None:
@@ -72,19 +78,24 @@ def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
 
     Whatever fails before, that can go on. `now` gives what is measured, `call` is how the model came to its outputs.
     """
-    loss = seen.loss
+    loss, subject = seen.loss, now()
+    processes = talking_to(subject, seen.ddp)
     try:
         call.check()
-        subject = now()
+        if not processes:
+            check_alone()
         outputs = _between(loss, call.outputs)
-        with _unhooked(outputs):
+        with unhooked(outputs):  # their own backward is to come
             slopes = torch.autograd.grad(loss, outputs, create_graph=True)
         stood = [] if reduced_together(subject, seen.ddp) else subject.layout.params
         start = {p: p.grad.clone() for p in stood if p.grad is not None}
         scale = scale_of(loss, seen.scaler, subject.window)
         value = unscaled(loss, scale, subject.window)
     except Exception as error:
+        agree(processes, works=False)
         return Passing(_bare(error), False)
+    if not agree(processes, works=True):
+        return Passing(CurvatureError("another process could not measure, and says why"), False)
     # From the outputs on, for the graph before them is not needed again, and that of the loss is.
     torch.autograd.backward(outputs, [slope.detach() for slope in slopes])
     try:
@@ -93,6 +104,8 @@ def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
         found = again(subject, once_more, value, call.random, scale, start, accumulates, seen.ddp, dtype)
         return Passing(found, True)
     except Exception as error:
+        if processes:  # which are in the middle of it, and would take later messages for those of now
+            raise
         return Passing(_bare(error), True)
 
 
@@ -115,9 +128,8 @@ def _between(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
             "the model has no second derivative, and its loss depends on leaves besides the model's output, such as a "
             f"tensor of shape {tuple(leaves[0].shape)}: add penalties on weights to what the model returns"
         )
-    for fn, _ in met:
-        if not met.isdisjoint(_upstream(fn.next_functions, at.keys())[0]):
-            raise CurvatureError("the model has no second derivative, and its loss uses an output made from another")
+    if not met.isdisjoint(_upstream([edge for fn, _ in met for edge in fn.next_functions], at.keys())[0]):
+        raise CurvatureError("the model has no second derivative, and its loss uses an output made from another")
     return [output for edge, output in at.items() if edge in met]
 
 
@@ -136,29 +148,13 @@ def _upstream(edges: Iterable[tuple[Any, int]], stops: Collection[Any]) -> tuple
     return met, leaves
 
 
-@contextmanager
-def _unhooked(outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Differentiate a loss by a model's outputs inside without the hooks on these, which belong to its backward."""
+def _hooked(output: Tensor, of_forward: set[int], slope: Tensor) -> Tensor:
+    """A gradient by an output as the hooks leave it that were put onto it after the call; the others come with it."""
     with torch._C.DisableTorchFunctionSubclass():
-        hooked = [(hooks, dict(hooks)) for output in outputs if (hooks := output._backward_hooks)]
-    for hooks, _ in hooked:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, kept in hooked:
-            hooks.update(kept)
-
-
-def _hooked(output: Tensor, slope: Tensor) -> Tensor:
-    """A gradient by an output as the user's hooks on that leave it."""
-    with torch._C.DisableTorchFunctionSubclass():
-        hooks = list((output._backward_hooks or {}).values())
+        hooks = [hook for key, hook in (output._backward_hooks or {}).items() if key not in of_forward]
     for hook in hooks:
-        # FSDP2's prepare its own backward, and stand on the new output as well.
-        if not type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed"):
-            changed = hook(slope)
-            slope = slope if changed is None else changed
+        changed = hook(slope)
+        slope = slope if changed is None else changed
     return slope
 
 
@@ -174,9 +170,10 @@ def _second_call(call: Call, outputs: Sequence[Tensor], slopes: Sequence[Tensor]
         change: Sequence[Tensor | None] = [None] * len(slopes)
         if live:
             curved, moved = [slopes[n] for n in live], [(new[n] - outputs[n]).detach() for n in live]
-            with _unhooked(outputs):
+            with unhooked([*outputs, *marked()]):
                 change = torch.autograd.grad(curved, outputs, moved, retain_graph=True, allow_unused=True)
         by_new = [s.detach() if more is None else s.detach() + more for s, more in zip(slopes, change, strict=True)]
-        torch.autograd.backward(new, list(map(_hooked, outputs, by_new)))
+        hooks = [call.hooks[i] for i in places]
+        torch.autograd.backward(new, list(map(_hooked, outputs, hooks, by_new)))
 
     return once_more

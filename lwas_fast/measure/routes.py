@@ -16,7 +16,7 @@ from lwas_fast.measure.differences import Replay, by_differences, gradients_alon
 from lwas_fast.measure.explain import explain
 from lwas_fast.measure.probes import Measurement, Subject, Window, blank_probes, make_probes
 from lwas_fast.measure.products import by_autograd, leaves_of, refuse_cut_graph
-from lwas_fast.measure.watch import unhooked
+from lwas_fast.measure.watch import marked, unhooked
 from lwas_fast.parallel import ddp as parallel
 from lwas_fast.profiling import span
 
@@ -141,7 +141,7 @@ def _measure(
     with span("curvature"):
         probes = make_probes(subject, gradients, of_gradients, scale, value, own)
         ours = [[graph.get(p) for p in probe.selection.params] for probe in probes]
-        with unhooked(layout.params):
+        with unhooked([*layout.params, *marked()]):  # the second pass brings other gradients
             products = by_autograd(probes, ours, subject.how["curvature"], isinstance(scale, Tensor), keep)
     return Measurement(subject.due, probes, products, None if ddp is None else ddp.process_group)
 
@@ -238,11 +238,11 @@ def in_passing(now: Callable[[], Subject], seen: Seen) -> Passing:
     if ddp is not None and isinstance(found, Exception):
         if not accumulated:
             loss.backward(retain_graph=keep)  # type: ignore[no-untyped-call]
-        found = without(now(), loss, ddp.process_group, found)
+        found = failed_measurement(now(), loss, ddp.process_group, found)
     return Passing(found, accumulated or ddp is not None)
 
 
-def without(subject: Subject, loss: Tensor, replicas: ProcessGroup, failure: Exception) -> Measurement:
+def failed_measurement(subject: Subject, loss: Tensor, replicas: ProcessGroup, failure: Exception) -> Measurement:
     """What a process that could not measure, and has its gradients, hands on: its replicas wait for its numbers."""
     return Measurement(subject.due, blank_probes(subject, loss), [], replicas, failure)
 
@@ -281,6 +281,12 @@ def reduced_together(subject: Subject, ddp: DistributedDataParallel | None) -> b
     return subject.window.micro_batches > 0 and (ddp is not None or bool(_meshes(subject)))
 
 
+def talking_to(subject: Subject, ddp: DistributedDataParallel | None) -> list[Any]:
+    """The process groups that a measurement talks to, in this order; none where a process measures by itself."""
+    meshes = dict.fromkeys(_meshes(subject))
+    return [ddp.process_group] if ddp is not None else [group for mesh in meshes for group in shards.groups_of(mesh)]
+
+
 def _meshes(subject: Subject) -> list[Any]:
     return [bucket.mesh for bucket in subject.layout.buckets if bucket.mesh is not None]
 
@@ -288,7 +294,7 @@ def _meshes(subject: Subject) -> list[Any]:
 def _joint(subject: Subject, loss: Tensor, ddp: DistributedDataParallel | None) -> Tensor:
     """A loss, in a distributed run averaged over the processes whose gradients are."""
     if meshes := _meshes(subject):
-        return shards.mean(loss, max(meshes, key=lambda mesh: mesh.size()))
+        return shards.mean(loss, max(meshes, key=lambda mesh: mesh.size())) * shards.loss_factor(subject.model)
     return parallel.average_loss(loss, None if ddp is None else ddp.process_group)
 
 

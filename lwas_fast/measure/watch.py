@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ class Watcher(Protocol):
         """What the model was called in, and is to be again if checkpoints call it; its calls inside are no new ones."""
 
 
-_waiting: weakref.WeakSet[Any] = weakref.WeakSet()
+_waiting: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # in order, the same on all processes
 _marked: list[weakref.ref[Tensor]] = []
 
 
@@ -114,19 +114,18 @@ def with_graph(output: object) -> list[Tensor]:
 
 def watch(watcher: Watcher, output: object) -> None:
     """Have a watcher see the ``backward()`` of any loss that is made from a model's output."""
-    _waiting.add(watcher)
+    _waiting[watcher] = None
     _marked[:] = [ref for ref in _marked if ref() is not None]
     for tensor in _tensors(output):
         _mark(tensor)
 
 
 @contextmanager
-def unhooked(params: Iterable[Tensor]) -> Iterator[None]:
-    """Run the second pass inside without the hooks on gradients of parameters and marked tensors: it brings others.
+def unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Take gradients inside without the hooks on those of some tensors.
 
-    After it, ``.grad`` of a marked tensor that retains it is as before.
+    After it, ``.grad`` of one that retains it is as before.
     """
-    tensors = [*params, *(tensor for ref in _marked if (tensor := ref()) is not None)]
     with torch._C.DisableTorchFunctionSubclass():
         # Autograd holds these dictionaries, and calls what is in them.
         hooked = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
@@ -143,10 +142,15 @@ def unhooked(params: Iterable[Tensor]) -> Iterator[None]:
                 tensor.grad = None if gradient is None else gradient.detach()
 
 
+def marked() -> list[Tensor]:
+    """All watched tensors that are alive."""
+    return [tensor for ref in _marked if (tensor := ref()) is not None]
+
+
 def unwatch(watcher: Watcher | None) -> None:
     """Let a watcher go, and with the last one every mark."""
     if watcher is not None:
-        _waiting.discard(watcher)
+        _waiting.pop(watcher, None)
     if not _waiting:
         for ref in _marked:
             released(ref())

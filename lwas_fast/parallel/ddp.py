@@ -6,7 +6,7 @@ parameters' AccumulateGrad nodes are reached. So a gradient that was taken apart
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,6 +56,25 @@ def why_not_all(ddp: DistributedDataParallel | None) -> CurvatureError | None:
         "inside DistributedDataParallel.join() a rank that has run out of batches takes no part in measurements: give "
         "all ranks as many batches"
     )
+
+
+def check_alone() -> None:
+    """Refuse to measure where nothing averages this process's gradients, but others are there.
+
+    Raises:
+        CurvatureError: A distributed run.
+    """
+    check(None)
+
+
+def agree(groups: list[Any], works: bool) -> bool:
+    """Whether something works on all processes of some groups; a message of one number, and waits for its answer."""
+    for group in groups:
+        device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
+        failed = torch.tensor([0.0 if works else 1.0], device=device)
+        torch.distributed.all_reduce(failed, group=group)
+        works = works and failed.item() == 0
+    return works
 
 
 def refuse_accumulation() -> None:

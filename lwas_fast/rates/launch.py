@@ -231,7 +231,7 @@ def _fails(device: torch.device) -> str | None:
 def serves(group: dict[str, Any], probe: Probe) -> bool:
     """Whether the single launch takes a measurement into a bucket's rates; if not, plain torch does."""
     bucket = probe.bucket
-    if wants_plain(group) or not bucket.even:
+    if wants_plain(group) or bucket.mixed:
         return False
     float32 = bucket.table.dtype == torch.float32 and all(p.dtype in FUSED_DTYPES for p in bucket.params)
     return float32 and why_not(bucket.table.device) is None

@@ -183,7 +183,7 @@ def _found(
         sums = _sums(measurement, groups, plans, served)
     else:
         sums = [torch.full((len(probe.signs), len(Sums)), torch.nan).to(probe.bucket.table) for probe in probes]
-    sums = add_up(sums, [probe.selection.shards for probe in probes])
+    sums = add_up(sums, [probe.selection.shards for probe in probes], average=True)
     if replicas is not None and probes:
         failed = torch.full_like(probes[0].loss, measurement.failure is not None)
         *sums, loss, failed = ddp.average([*sums, probes[0].loss, failed], replicas)
@@ -204,5 +204,7 @@ def _sums(measurement: Measurement, groups: Groups, plans: launch.Plans, served:
     for members in together.values():
         mine, theirs, options = ([x[p] for p in members] for x in (probes, products, groups))
         sums, _ = launch.launch(mine, theirs, options, plans, finish=False)  # type: ignore[arg-type]
-        found.update(zip(members, sums, strict=True))
+        for p, of_probe in zip(members, sums, strict=True):
+            spread = probes[p].selection.shards
+            found[p] = of_probe if spread is None else spread.share_of_layers(of_probe)
     return [found[p] for p in range(len(probes))]  # the same order on all replicas, whatever serves them

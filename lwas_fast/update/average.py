@@ -69,13 +69,13 @@ def swap(groups: Groups, state: State, rule: Rule, training: bool) -> None:
             for param in group["params"]:
                 if "offset" not in (of_param := state.get(param, {})):
                     continue
-                here, of_here = local(param), local_state(of_param)
+                here, of_here = local(param), local_state(of_param, of_param)
                 if training:
                     here.copy_(_trained(rule, group, of_here, here))
-                    for name in (*ROUNDED, TRAINED):
-                        of_param.pop(name, None)
+                    forget_rounding(of_param)
                 else:
                     average = _average(rule, group, of_here, here)
+                    forget_rounding(of_param)
                     of_param |= rounded(rule, group, of_here, here, average)
                     here.copy_(average)
         group["train_mode"] = training
@@ -116,6 +116,12 @@ def rounded(
     differ = (_moved(average, of_param["offset"], _distance(rule, group)) != param).reshape(-1)
     index = differ.nonzero().squeeze(1)
     return dict(zip(ROUNDED, (index, param.detach().reshape(-1)[index]), strict=True)) if len(index) > 0 else {}
+
+
+def forget_rounding(of_param: dict[str, Any]) -> None:
+    """Drop what a parameter's state has of the weights to train on: they are in the model, or gone."""
+    for name in (*ROUNDED, TRAINED):
+        of_param.pop(name, None)
 
 
 @torch.no_grad()
@@ -181,14 +187,14 @@ def _element(tensor: Tensor, i: int) -> Tensor:
 def samples(rule: Rule, group: dict[str, Any], state: State) -> str:
     """A few of a group's weights to train on, each with its average: by these a checkpoint's parts know each other.
 
-    Pairs, as JSON: torch.distributed.checkpoint takes no lists whose lengths differ.
+    Pairs, as JSON: torch.distributed.checkpoint takes no lists whose lengths differ. Empty where there are none.
     """
     distance, found = _distance(rule, group), []
     for param, i in _sampled(group, state):
         weight, offset = _element(param, i), _element(state[param]["offset"], i)
         pair = torch.stack([weight, _moved(weight, offset, -distance if group["train_mode"] else distance)])
         found.append((pair if group["train_mode"] else pair.flip(0)).cpu().double())
-    return json.dumps(torch.stack(found).tolist() if found else [])
+    return json.dumps(torch.stack(found).tolist()) if found else ""
 
 
 @torch.no_grad()

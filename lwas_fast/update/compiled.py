@@ -41,10 +41,12 @@ def step_of_shards(rule: Rule, part: Part, scaling: Scaling) -> Generator[Tensor
     totals = torch.empty(len(selection.elements), 4, dtype=torch.float64, device=on)
     scratch = None
     if on.type == "cuda" and extension.EXTENSION is not None:
-        size = extension.EXTENSION.scratch_size([param.numel() for param in selection.here])
+        size = extension.EXTENSION.scratch_size([param.numel() for param in arguments[0]])
         scratch = torch.empty(size, dtype=torch.float64, device=on)
     operator(*arguments, totals, scratch)
-    totals = yield totals
+    assert selection.shards is not None
+    totals = yield selection.shards.share_of_layers(totals)
+    totals[:, 2].round_()  # elements that were left alone, counted by shares
     operator(*arguments, totals, scratch, True)
 
 

@@ -125,8 +125,8 @@ def why_not(rule: Rule, bucket: Bucket) -> str | None:
     if of_gradients != dtypes:
         dtype, other = next((a, b) for a, b in zip(dtypes, of_gradients, strict=True) if a != b)
         return f"the gradient of a {dtype} parameter is {other}"
-    if not bucket.even:
-        return "ranks that hold other shards of the layer's tensors hold the same of one (tensor parallelism)"
+    if bucket.mixed:
+        return "ranks that hold other shards of one of a layer's tensors hold the same of another (tensor parallelism)"
     device = bucket.table.device.type
     if (reason := missing(device)) is not None:
         return reason

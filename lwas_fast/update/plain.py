@@ -22,7 +22,7 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> Generator[Tensor, Te
     """Take one step with some of a bucket's tensors; states and statistics are brought up to date.
 
     Where other processes hold parts of the tensors it takes it in two: it yields this process's sums over layers,
-    (S, 3) float64, and is to be sent those of all.
+    (S, 4) float64, and is to be sent those of all.
     """
     bucket, selection, group, states, gradients = part
     params = weights = selection.here
@@ -55,8 +55,10 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> Generator[Tensor, Te
         lost = None if lost is None else selection.per_layer(lost)
     else:
         lost = torch.zeros_like(squares) if lost is None else lost
-        sums = yield selection.share(torch.stack([squares, sizes, lost], 1).double())  # which counts exactly
-        lengths, sizes, lost = sums[:, 0].to(squares), sums[:, 1].to(squares), sums[:, 2]
+        # Doubles, which count exactly; and as many as the compiled update sends, which another process may have.
+        doubles = [column.double() for column in (squares, sizes, lost, torch.zeros_like(squares))]
+        sums = yield selection.share(torch.stack(doubles, 1))
+        lengths, sizes, lost = sums[:, 0].to(squares), sums[:, 1].to(squares), sums[:, 2].round()
     if lost is not None:
         skips = lost > 0
         moves = (lost < selection.elements) | ~skips

@@ -52,8 +52,8 @@ def prepare(layout: Layout, rule: Rule) -> list[Ready]:
             compiled = extension.serves(rule, group, bucket)
             states = here = layout.states_of(bucket, selection)
             if selection.shards is not None:
-                here = [shards.local_state(state) for state in states]
-                gradients = list(map(shards.like, selection.params, gradients))
+                here = [shards.local_state(state, rule.buffers(group)) for state in states]
+                gradients = list(map(shards.local_like, selection.params, gradients))
             parts.append(Ready(Part(bucket, selection, group, here, gradients), states, compiled))
     return parts
 

@@ -57,8 +57,8 @@ def test_messages_on_the_meta_device(plain):
             opt = AdamWLW(shard(on_meta(SMALL), mesh))
             n = layers_of(opt)
             first, ordinary, measuring = (record(opt, measures, plain=plain) for measures in (True, False, True))
-            assert ordinary.messages == [Message((4 - plain) * n, 8 * (4 - plain) * n)]
-            sent = [Message(1, 4), Message(2 * n, 8 * n), Message(3 * n, 12 * n), Message(n, 4 * n)]
+            assert ordinary.messages == [Message(4 * n, 32 * n)]
+            sent = [Message(1, 4), Message(1, 4), Message(2 * n, 8 * n), Message(3 * n, 12 * n), Message(n, 4 * n)]
             assert first.messages == measuring.messages == [*sent, *ordinary.messages]
 
 

@@ -348,8 +348,8 @@ def test_parameters_of_deepspeed_are_refused():
     with pytest.raises(ValueError, match="parameter 0 of group 0 is part of DeepSpeed's ZeRO-3: use fully_shard"):
         OPTIMIZERS["adamw"]([param])
     opt = OPTIMIZERS["adamw"](small_net().parameters())
-    opt.param_groups[0]["params"] = [param]
-    param.grad = torch.ones(3)
+    flat = nn.Parameter(torch.zeros(3))
+    opt.param_groups[0]["params"], flat.grad = [flat], torch.ones(3)
     with pytest.raises(ValueError, match="made with 6 parameters and now has 1: .*DeepSpeed"):
         opt.step()
 
