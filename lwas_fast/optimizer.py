@@ -261,7 +261,7 @@ class LayerwiseOptimizer(WithAverage):
         params, window = self._layout.params, self._now.window
         replay, stood = measure.Replay(params), {p: p.grad for p in params if p.grad is not None}
         start = {p: grad.clone() for p, grad in stood.items()}
-        versions = [shards.local(grad)._version for grad in stood.values()]
+        versions = [grad._version for grad in stood.values()]
         value = measure.evaluate(closure)
         # The closure may have measured, by opt.backward or by the loss of a followed model.
         of_model = None if self._now.following is None else self._now.following.ddp()
@@ -273,7 +273,7 @@ class LayerwiseOptimizer(WithAverage):
                 bool(stood)
                 and window is self._now.window
                 and all(
-                    p.grad is grad and shards.local(grad)._version <= version + 1
+                    p.grad is grad and (grad._version <= version + 1 or shards.mesh_of(grad) is not None)
                     for (p, grad), version in zip(stood.items(), versions, strict=True)
                 )
             )

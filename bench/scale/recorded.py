@@ -177,6 +177,7 @@ def record(opt: LayerwiseOptimizer, measures: bool, accumulated: bool = False, p
     with messages() as sent, Memory(known) as memory, nullcontext() if plain else compiled(memory):
         if measures:
             _measure(opt, params, accumulated)
+            sent.insert(0, Message(1, 4))  # whether all processes can: `lwas_fast.parallel.ddp.agree`
         opt.step()
     held = nbytes((params, [p.grad for p in params])) + state_bytes(opt)
     return Step(sent, held, memory.peak, memory.moved)

@@ -339,7 +339,8 @@ def again(
     with span("curvature"):
         start, estimator, model = start or {}, subject.how["curvature"], subject.model
         own = None
-        apart = accumulated and reduced_together(subject, ddp)
+        # A closure may have cleared shards' gradients in place, which leaves no trace on them.
+        apart = accumulated and (reduced_together(subject, ddp) or bool(start and _meshes(subject)))
         if apart:
             start, own = {}, gradients_alone(lambda: evaluate(closure), replay, leaves, model)
         elif accumulated:

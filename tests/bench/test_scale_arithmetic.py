@@ -165,5 +165,5 @@ def test_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scale", "--models", "tiny", "--ranks", "8,16", "--steps", "500"])
     main()
     said = capsys.readouterr().out
-    assert "| tiny | 0.00 B | 21 | 21 | 1, 672 B | 5, 1.18 kB |" in said
+    assert "| tiny | 0.00 B | 21 | 21 | 1, 672 B | 6, 1.18 kB |" in said
     assert said.count("| tiny | 16 |") == 2 and "28 of the first 500 steps measure" in said

@@ -96,7 +96,9 @@ class Inside(nn.Module):
 
 
 @EACH
-@pytest.mark.parametrize("way", ["plain", "loss inside", "loss of one output", "hooked", "accumulated"])
+@pytest.mark.parametrize(
+    "way", ["plain", "loss inside", "loss of one output", "hooked", "hooked inside", "retained", "accumulated"]
+)
 def test_a_second_call_measures_what_autograd_does(kind, way):
     found = []
     for make in (Stubborn, Smooth):
@@ -104,15 +106,20 @@ def test_a_second_call_measures_what_autograd_does(kind, way):
         model = Inside(make().double()) if "loss" in way else make().double()
         opt = OPTIMIZERS[kind](model, curvature="blocks", update_every=1)
         opt._now.following.replays = make is Stubborn
+        if way == "hooked inside":
+            model.two.register_forward_hook(lambda *call: call[-1].register_hook(lambda grad: grad * 0.5) and None)
         for x, y in batches(2 if way == "accumulated" else 1):
             out = model(x, y) if "loss" in way else model(x)
             if way == "hooked":
                 out.register_hook(lambda grad: 3 * grad)
+            if way == "retained":
+                out.retain_grad()
             if way == "loss of one output":
                 out = out["logits"]
             loss = out["loss"] if way == "loss inside" else F.cross_entropy(out, y, label_smoothing=0.1)
             loss.backward()
         grads = [p.grad.clone() for p in model.parameters()]
+        grads += [out.grad] if way == "retained" else []
         opt.step()
         found.append([(row["descent"], row["curvature"]) for row in opt.diagnostics().values()] + [grads])
         assert opt.measured_by == ("replay" if make is Stubborn else "loss.backward")

@@ -19,6 +19,15 @@ from torch import nn
 
 
 @EACH
+def test_a_model_may_be_moved_after_it_was_evaluated(kind):
+    model, opt = followed(kind)
+    model.eval()
+    model.train()
+    model.double()
+    assert opt._layout.buckets[0].table.dtype == torch.float64
+
+
+@EACH
 def test_evaluation_sees_the_average_and_training_goes_on(kind):
     data = batches(2 * STEPS, torch.float32)
     model, opt = followed(kind)

@@ -130,10 +130,24 @@ def misfits(rank):
     return weights(model), opt.rates()
 
 
+def rollback(rank):
+    """A state that is loaded into the model that it was taken of, which goes on."""
+    model, opt = make("ddp")
+    go_on("ddp", model, opt, DATA[:5])
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    go_on("ddp", model, opt, DATA[5:])
+    found = [weights(model)]
+    for mode in (False, True):
+        model.train(mode)
+        with torch.set_grad_enabled(mode):
+            model(DATA[0][0])
+    return [*found, weights(model)]
+
+
 if os.environ.get(FOLDER + "_WRITE"):
     SCENARIOS = {kind: saving(kind) for kind in KINDS}
 else:
-    SCENARIOS = {kind: loading(kind) for kind in KINDS} | {"misfits": misfits}
+    SCENARIOS = {kind: loading(kind) for kind in KINDS} | {"misfits": misfits, "rollback": rollback}
 
 
 def alone():
@@ -176,6 +190,23 @@ def test_a_run_goes_on_on_any_number_of_processes(saved, loaded, kind):
         torch.testing.assert_close(mine, weights, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6)
         for layer, rate in own.items():
             assert rate == pytest.approx(rates[layer], rel=0 if exact else 2e-2)
+
+
+def test_a_state_in_the_model_that_it_is_of(loaded):
+    for before, after in loaded[1]("rollback"):
+        torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_a_sharded_state_goes_on_in_one_process(saved):
+    (ends, rates), *_ = saved[1]("whole")
+    of_model, of_opt = torch.load(saved[0] / "whole" / "all.pt", weights_only=True)
+    model: torch.nn.Module = small_net(torch.float32)
+    opt = OPTIMIZERS["adamw"](model, update_every=3)
+    opt._now.following.replays = True
+    set_state_dict(model, opt, model_state_dict=of_model, optim_state_dict=of_opt)
+    train(opt, model, "followed", DATA[7:])
+    torch.testing.assert_close([p.detach() for p in model.parameters()], ends, rtol=1e-4, atol=1e-6)
+    assert opt.rates().keys() == rates.keys()
 
 
 def test_a_state_of_one_process_goes_on_sharded(saved, loaded):

@@ -32,15 +32,19 @@ WAYS = {
     "clipped": {},
     "accumulated": {},
     "accumulated without messages": {},
+    "accumulated without messages, nothing in the root": {},
+    "closure that adds": {},
+    "scaled": {},
     "two groups": {},
     "offloaded": {},
 }
 
 
-def sharded(dtype=torch.float64, **how):
+def sharded(dtype=torch.float64, parts=(0,), **how):
     """Rows of 5, 4 and 2 on two ranks; the first layer in a group of its own."""
     model = small_net(dtype)
-    fully_shard(model[0], **how)
+    for part in parts:
+        fully_shard(model[part], **how)
     return fully_shard(model, **how)
 
 
@@ -52,11 +56,11 @@ def made(kind, way, model):
         opt = OPTIMIZERS[kind](groups, **options)
         opt.follow(model)
         return opt
-    return OPTIMIZERS[kind](model.named_parameters() if way == "closure" else model, **options)
+    return OPTIMIZERS[kind](model.named_parameters() if "closure" in way else model, **options)
 
 
 def train(opt, model, way, data):
-    losses = []
+    losses, scaler = [], torch.amp.GradScaler("cpu", enabled=way == "scaled", init_scale=64.0)
     for x, y in data:
         count = 2 if way.startswith("accumulated") else 1
         value = 0.0
@@ -64,15 +68,26 @@ def train(opt, model, way, data):
         if way == "closure":
             losses.append(opt.step(usual(opt, model, (x, y))).item())
             continue
+        if way == "closure that adds":
+            loss_of(model, (x[: len(x) // 4], y[: len(x) // 4])).backward()
+
+            def closure(x=x, y=y):
+                loss = loss_of(model, (x[len(x) // 4 :], y[len(x) // 4 :]))
+                loss.backward()
+                return loss
+
+            losses.append(opt.step(closure).item())
+            continue
         for k, part in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
             if "without" in way and hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(k == count - 1)
             loss = loss_of(model, part) / count
-            loss.backward()
+            scaler.scale(loss).backward()
             value += loss.item()
         if way == "clipped":
             nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-        opt.step()
+        scaler.step(opt)
+        scaler.update()
         losses.append(value)
     return losses
 
@@ -93,7 +108,10 @@ def result_of(opt, model, losses):
 
 
 def shard(kind, way, rank):
-    model = sharded(**({"offload_policy": CPUOffloadPolicy(pin_memory=False)} if way == "offloaded" else {}))
+    model = sharded(
+        parts=(0, 2, 4) if "root" in way else (0,),
+        **({"offload_policy": CPUOffloadPolicy(pin_memory=False)} if way == "offloaded" else {}),
+    )
     opt = made(kind, way, model)
     data = [(x[rank::2], y[rank::2]) for x, y in batches(STEPS)]
     losses = train(opt, model, way, data)
@@ -187,6 +205,23 @@ def half(rank):
     return found
 
 
+def beside(rank):
+    """A layer that is not sharded, whose gradients the user averages."""
+    model = small_net()
+    fully_shard(model, ignored_params=set(model[4].parameters()))
+    opt = OPTIMIZERS["adamw"](model, update_every=1)
+    rates = []
+    for x, y in batches(6):
+        loss_of(model, (x[rank::2], y[rank::2])).backward()
+        for p in model[4].parameters():
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= 2
+        opt.step()
+        opt.zero_grad()
+        rates.append(opt.rates())
+    return rates
+
+
 def sharded_later(rank):
     """The optimizer is made before the model is sharded, and gets its new parameters after, as Accelerate has it."""
     found = []
@@ -263,7 +298,7 @@ def copied(rank):
 CASES = [(kind, way) for kind in OPTIMIZERS for way in WAYS]
 SCENARIOS = {f"{kind} {way}": partial(shard, kind, way) for kind, way in CASES}
 SCENARIOS |= {"not finite": not_finite, "bad batch": bad_batch, "evaluated": evaluated, "told": told, "half": half}
-SCENARIOS |= {"refused": refused, "sharded later": sharded_later, "long": long, "copied": copied}
+SCENARIOS |= {"refused": refused, "sharded later": sharded_later, "beside": beside, "long": long, "copied": copied}
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +312,7 @@ def test_shards_take_the_steps_of_the_whole(of_all, kind, way):
     assert one["rates"] == two["rates"]
     model: nn.Module = small_net()
     opt = made(kind, way, model)
-    if way != "closure":
+    if "closure" not in way:
         opt._now.following.replays = True
         assert one["by"] == "replay"
     alone = result_of(opt, model, train(opt, model, way, batches(STEPS)))
@@ -330,6 +365,11 @@ def test_half_precision_measures_and_trains(of_all):
         assert found == same
         assert all(row["refreshes"] >= 10 and row["curvature"] != 0 for row in found.values()), found
         assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_a_layer_that_is_not_sharded_leaves_ranks_alike(of_all):
+    one, two = of_all("beside")
+    assert one == two
 
 
 def test_a_model_that_is_sharded_after_the_optimizer_was_made(of_all):

@@ -92,8 +92,27 @@ def long(rank):
     return torch.tensor(rates, dtype=torch.float64)
 
 
+def held_back(rank):
+    """Gradients of the first of two micro-batches that are not reduced over the copies yet; and without us."""
+    found = []
+    for ours in (True, False):
+        model, _, _ = spread("hsdp")
+        opt = OPTIMIZERS["adamw"](model, update_every=1) if ours else None
+        for k, (x, y) in enumerate(batches(2)):
+            model.set_requires_all_reduce(k == 1)
+            (loss_of(model, (x[rank::4], y[rank::4])) / 2).backward()
+        found.append([whole(p.grad) for p in model.parameters()])
+        if opt is not None:
+            opt.step()
+            found.append(opt.diagnostics())
+    return found
+
+
 CASES = [(name, kind, way) for name in MESHES for kind in OPTIMIZERS for way in WAYS]
-SCENARIOS = {f"{name}, {kind}, {way}": partial(scenario, name, kind, way) for name, kind, way in CASES} | {"long": long}
+SCENARIOS = {f"{name}, {kind}, {way}": partial(scenario, name, kind, way) for name, kind, way in CASES} | {
+    "long": long,
+    "held back": held_back,
+}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +141,12 @@ def test_a_mesh_takes_the_steps_of_one_process(of_all, name, kind, way):
             if key == "trained":  # of an ordinary tensor in a distributed run
                 continue
             torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_that_are_not_reduced_over_copies_yet_are_left_alone(of_all):
+    for ours, found, theirs in of_all("held back"):
+        torch.testing.assert_close(ours, theirs)
+        assert all(row["refreshes"] == 1 for row in found.values())
 
 
 def test_ranks_agree_to_the_bit_over_200_steps(of_all):
