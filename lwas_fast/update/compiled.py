@@ -44,9 +44,11 @@ def step_of_shards(rule: Rule, part: Part, scaling: Scaling) -> Generator[Tensor
         size = extension.EXTENSION.scratch_size([param.numel() for param in arguments[0]])
         scratch = torch.empty(size, dtype=torch.float64, device=on)
     operator(*arguments, totals, scratch)
-    assert selection.shards is not None
-    totals = yield selection.shards.share_of_layers(totals)
-    totals[:, 2].round_()  # elements that were left alone, counted by shares
+    if selection.shards is None:
+        totals = yield totals
+    else:
+        totals = yield selection.shards.share_of_layers(totals)
+        totals[:, 2].round_()  # elements that were left alone, counted by shares
     operator(*arguments, totals, scratch, True)
 
 
