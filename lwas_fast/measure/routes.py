@@ -235,11 +235,11 @@ def in_passing(now: Callable[[], Subject], seen: Seen) -> Passing:
     accumulated = bool(graph if ddp is None else handed_over) and not keep
     if accumulated and ddp is None:
         _accumulate(graph)
-    if ddp is not None and isinstance(found, Exception):
+    if ddp is not None and not keep and isinstance(found, Exception):  # with `keep`, on all replicas alike
         if not accumulated:
-            loss.backward(retain_graph=keep)  # type: ignore[no-untyped-call]
-        found = failed_measurement(now(), loss, ddp.process_group, found)
-    return Passing(found, accumulated or ddp is not None)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return Passing(failed_measurement(now(), loss, ddp.process_group, found), True)
+    return Passing(found, accumulated)
 
 
 def failed_measurement(subject: Subject, loss: Tensor, replicas: ProcessGroup, failure: Exception) -> Measurement:
@@ -281,10 +281,15 @@ def reduced_together(subject: Subject, ddp: DistributedDataParallel | None) -> b
     return subject.window.micro_batches > 0 and (ddp is not None or bool(_meshes(subject)))
 
 
-def talking_to(subject: Subject, ddp: DistributedDataParallel | None) -> list[Any]:
-    """The process groups that a measurement talks to, in this order; none where a process measures by itself."""
+def talking_to(subject: Subject, ddp: DistributedDataParallel | None) -> list[tuple[ProcessGroup, Any]]:
+    """The process groups that a measurement talks to, in this order, and the device on which each does.
+
+    None where a process measures by itself.
+    """
+    if ddp is not None:
+        return [(ddp.process_group, subject.layout.params[0].device)]
     meshes = dict.fromkeys(_meshes(subject))
-    return [ddp.process_group] if ddp is not None else [group for mesh in meshes for group in shards.groups_of(mesh)]
+    return [(group, mesh.device_type) for mesh in meshes for group in shards.groups_of(mesh)]
 
 
 def _meshes(subject: Subject) -> list[Any]:

@@ -67,10 +67,12 @@ def check_alone() -> None:
     check(None)
 
 
-def agree(groups: list[Any], works: bool) -> bool:
-    """Whether something works on all processes of some groups; a message of one number, and waits for its answer."""
-    for group in groups:
-        device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
+def agree(groups: list[tuple[ProcessGroup, Any]], works: bool) -> bool:
+    """Whether something works on all processes of some groups, each given with the device on which it talks.
+
+    A message of one number to each, of which it waits for the answer.
+    """
+    for group, device in groups:
         failed = torch.tensor([0.0 if works else 1.0], device=device)
         torch.distributed.all_reduce(failed, group=group)
         works = works and failed.item() == 0

@@ -166,6 +166,21 @@ def own_groups(rank):
     return found
 
 
+def apart(rank):
+    """One process trains a model of its own, which nothing averages, while the other does something else."""
+    if rank == 1:
+        return []
+    model = small_net()
+    opt = AdamWLW(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in batches(4):
+            opt.zero_grad()
+            loss_of(model, batch).backward()
+            opt.step()
+    return [str(one.message) for one in caught]
+
+
 def joined(rank):
     """Ranks with unlike numbers of batches, in DDP's own context for that."""
     model = small_net()
@@ -183,7 +198,7 @@ def joined(rank):
 MADE_WITH = ("model", "wrapper")
 MADE = [(name, made) for name in MODES for made in MADE_WITH]
 SCENARIOS = {f"{name}, {made}": partial(mode, name, made) for name, made in MADE}
-SCENARIOS |= {"branches": branches, "bad batch": bad_batch, "own groups": own_groups, "joined": joined}
+SCENARIOS |= {"branches": branches, "bad batch": bad_batch, "own groups": own_groups, "joined": joined, "apart": apart}
 FAILS = [(who, how) for who in ((0,), (1,), (0, 1)) for how in ("autograd", "replay")]
 SCENARIOS |= {f"fails {who} {how}": partial(fails, who, how) for who, how in FAILS}
 
@@ -268,6 +283,11 @@ def test_processes_that_train_apart_do_not_talk(of_both):
                 else:
                     opt.step(usual(opt, model, batch))
             torch.testing.assert_close(weights, [p.detach() for p in model.parameters()], rtol=1e-6, atol=1e-9)
+
+
+def test_a_process_that_trains_alone_waits_for_nobody(of_both):
+    said, _ = of_both("apart")
+    assert len(said) == 1 and "must know what averages the gradients" in said[0]
 
 
 def test_ranks_that_run_out_of_batches_are_not_waited_for(of_both):
