@@ -81,10 +81,11 @@ def run_here(name: str, rate: str | None) -> None:
         exec(compile(text, f"{name}.py", "exec"), {"__name__": "__main__"})
     if together != {PROCESSES.get(name, 1)}:  # each by itself would give fine losses, too
         raise SystemExit(f"{name} took steps in groups of {together} processes")
-    if int(os.environ.get("RANK", 0)) > 0:
-        return
-    loss = re.findall(r"^loss ([\d.]+)", shown.getvalue(), re.MULTILINE)[-1]
-    print(json.dumps({"loss": float(loss), "due": sum(due), "taken": sum(taken)}))
+    if int(os.environ.get("RANK", 0)) == 0:
+        loss = re.findall(r"^loss ([\d.]+)", shown.getvalue(), re.MULTILINE)[-1]
+        print(json.dumps({"loss": float(loss), "due": sum(due), "taken": sum(taken)}), flush=True)
+    if name in PROCESSES:
+        os._exit(0)  # gloo's threads may keep a process that ends as usual, of torch's AdamW too
 
 
 def run(name: str, rate: str | None = None) -> dict[str, float]:
@@ -93,7 +94,8 @@ def run(name: str, rate: str | None = None) -> dict[str, float]:
     if name in PROCESSES:
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES[name])]
         command[2:2] = [*launcher, "-m"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     if done.returncode != 0:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
