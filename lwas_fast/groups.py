@@ -38,6 +38,7 @@ def _checked_parameters(param_group: dict[str, Any], number: int) -> dict[str, A
         if not isinstance(param, Tensor):
             raise TypeError(f"parameters must be tensors, not {type(param).__name__}")
         name = repr(entry[0]) if isinstance(entry, tuple) else f"{i} of group {number}"
+        hidden = why_hidden(param)
         for bad, kind, remedy in (
             (param.is_complex(), "complex", "optimize torch.view_as_real of it"),
             (param.layout != torch.strided, "sparse", "make it dense"),
@@ -47,7 +48,7 @@ def _checked_parameters(param_group: dict[str, Any], number: int) -> dict[str, A
                 "a DTensor of parts that are to be summed up",
                 "redistribute it, to Shard or Replicate",
             ),
-            (why_hidden(param) is not None, *(why_hidden(param) or ("", ""))),
+            (hidden is not None, *(hidden or ("", ""))),
         ):
             if bad:
                 raise ValueError(f"parameter {name} is {kind}: {remedy}")

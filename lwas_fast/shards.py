@@ -123,17 +123,16 @@ def add_up(values: Sequence[Tensor], of: Sequence[Shards | None], average: bool 
     for members in together.values():
         shards = of[members[0]]
         assert shards is not None
-        dtype = torch.float64 if any(values[i].dtype == torch.float64 for i in members) else torch.float32
-        flat = torch.cat([values[i].detach().flatten().to(values[members[0]].device, dtype) for i in members])
-        flat = _summed(flat, shards.groups, shards.mesh.device_type)
-        for i, part in zip(members, torch.split(flat, [values[i].numel() for i in members]), strict=True):
-            found[i] = part.view_as(values[i]).to(values[i])
+        sums = summed([values[i] for i in members], shards.groups, shards.mesh.device_type)
+        for i, of_all in zip(members, sums, strict=True):
+            found[i] = of_all
     return found
 
 
 def mean(values: Tensor, mesh: Any) -> Tensor:
     """Average numbers over all processes of a mesh."""
-    return _summed(values, groups_of(mesh), mesh.device_type) / float(mesh.size())
+    (total,) = summed([values], groups_of(mesh), mesh.device_type)
+    return total / float(mesh.size())
 
 
 def groups_of(mesh: Any) -> list[Any]:
@@ -147,20 +146,26 @@ def groups_of(mesh: Any) -> list[Any]:
     return [mesh.get_group(dim) for dim in dims] if flatten is None else [flatten().get_group()]
 
 
-def _summed(values: Tensor, groups: list[Any], device: str) -> Tensor:
-    # Of parameters that are offloaded to the CPU, to where the processes talk.
-    there = values.detach().to(device if values.is_cpu else values.device, copy=True)
+def summed(values: Sequence[Tensor], groups: Sequence[Any], device: str | None = None) -> list[Tensor]:
+    """Sum tensors over the processes of some groups, one after the other, in one message to each.
+
+    Numbers on the CPU go by way of `device`, where one is given: those of parameters that are offloaded, while
+    processes talk on GPUs.
+    """
+    on = values[0].device
+    flat = torch.cat([value.detach().flatten().to(on) for value in values])
+    flat = flat.to(device) if device is not None and on.type == "cpu" else flat
     for group in groups:
-        torch.distributed.all_reduce(there, group=group)
-    return there.to(values.device)
+        torch.distributed.all_reduce(flat, group=group)
+    parts = torch.split(flat, [value.numel() for value in values])
+    return [part.view_as(value).to(value) for part, value in zip(parts, values, strict=True)]
 
 
-def _fsdp_groups(model: nn.Module | None) -> Iterator[Any]:
-    """What FSDP2 keeps of each group of parameters that it gathers together: of a model, or of all that are alive."""
+def _fsdp_groups(modules: Iterable[Any]) -> Iterator[Any]:
+    """What FSDP2 keeps of each group of parameters of some modules that it gathers together."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
-    modules: Iterable[Any] = _all_composed() if model is None else model.modules()
     for module in modules:
         if issubclass(type(module), fsdp.FSDPModule):  # by type(): the __class__ of a proxy may run anything
             state = module._get_fsdp_state()
@@ -168,7 +173,12 @@ def _fsdp_groups(model: nn.Module | None) -> Iterator[Any]:
             yield from (group for group in groups if group is not None)
 
 
-def _all_composed() -> list[Any]:
+def _parts(model: nn.Module | None) -> Iterable[nn.Module]:
+    return () if model is None else model.modules()
+
+
+def _all_sharded() -> Iterable[Any]:
+    """Every module alive that FSDP2 may manage, and others."""
     known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
     return gc.get_objects() if known is None else list(known)
 
@@ -178,13 +188,13 @@ def gradients_held_back(model: nn.Module | None) -> bool:
 
     By ``set_requires_gradient_sync(False)`` or ``set_requires_all_reduce(False)``.
     """
-    groups = () if model is None else _fsdp_groups(model)
-    return any(not (getattr(g, "reduce_grads", True) and getattr(g, "all_reduce_grads", True)) for g in groups)
+    flags = ("reduce_grads", "all_reduce_grads")
+    return any(not getattr(group, flag, True) for group in _fsdp_groups(_parts(model)) for flag in flags)
 
 
 def computed_in(model: nn.Module | None) -> torch.dtype | None:
     """The dtype that FSDP2's mixed precision casts weights to; None if there is none."""
-    policies = (getattr(group, "mp_policy", None) for group in (() if model is None else _fsdp_groups(model)))
+    policies = (getattr(group, "mp_policy", None) for group in _fsdp_groups(_parts(model)))
     return next(filter(None, (getattr(policy, "param_dtype", None) for policy in policies)), None)
 
 
@@ -193,7 +203,7 @@ def loss_factor(model: nn.Module | None) -> float:
 
     Not 1 after ``set_gradient_divide_factor``, with a loss that each process divided by what is known of all, say.
     """
-    for group in () if model is None else _fsdp_groups(model):
+    for group in _fsdp_groups(_parts(model)):
         factor, mesh = getattr(group, "gradient_divide_factor", None), getattr(group, "mesh_info", None)
         return 1.0 if factor is None or mesh is None else float(mesh.mesh.size() / factor)
     return 1.0
@@ -205,5 +215,5 @@ def reshard(model: nn.Module | None) -> None:
     Args:
         model: Whose; if that is not known, of every module that is alive.
     """
-    for group in _fsdp_groups(model):
+    for group in _fsdp_groups(_all_sharded() if model is None else model.modules()):
         group._to_sharded()  # not reshard(), which leaves the root's gathered where a call of it was broken off

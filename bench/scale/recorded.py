@@ -7,14 +7,13 @@ the ways that it takes on a GPU: nothing reads a number back.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -45,18 +44,17 @@ def messages() -> Iterator[list[Message]]:
     """The all-reduces that the package asks for inside; none is sent, for a tensor without data cannot be."""
     found: list[Message] = []
 
-    def summed(values: Tensor, groups: list[Any], _device: str) -> Tensor:
-        found.extend(Message(values.numel(), values.numel() * values.element_size()) for _ in groups)
-        return values.clone()
+    def summed(values: Sequence[Tensor], groups: Sequence[Any], _device: str | None = None) -> list[Tensor]:
+        found.extend(Message(sum(v.numel() for v in values), nbytes(values)) for _ in groups)
+        return [value.clone() for value in values]
 
-    with mock.patch.object(shards, "_summed", summed):
+    with mock.patch.object(shards, "summed", summed):
         yield found
 
 
 def here(tree: Any) -> list[Tensor]:
     """The tensors in something, of sharded ones this rank's part."""
-    leaves = (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
-    return [leaf._local_tensor if isinstance(leaf, DTensor) else leaf for leaf in leaves]
+    return [shards.local(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def nbytes(tree: Any) -> int:

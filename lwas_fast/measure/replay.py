@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from lwas_fast.errors import CurvatureError
 from lwas_fast.measure.differences import Replay
 from lwas_fast.measure.probes import Subject
-from lwas_fast.measure.routes import Passing, Seen, again, reduced_together, scale_of, talking_to, unscaled
+from lwas_fast.measure.routes import Passing, Seen, again, bare, reduced_together, scale_of, talking_to, unscaled
 from lwas_fast.measure.watch import marked, unhooked, with_graph
-from lwas_fast.parallel.ddp import agree, check_alone
+from lwas_fast.parallel.ddp import agree, check
 
 
 class Call:
@@ -83,8 +83,9 @@ def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
     try:
         call.check()
         if not processes:
-            check_alone()
-        outputs = _between(loss, call.outputs)
+            check(None)  # nothing averages this process's gradients
+        places = _between(loss, call.outputs)
+        outputs = [call.outputs[i] for i in places]
         with unhooked(outputs):  # their own backward is to come
             slopes = torch.autograd.grad(loss, outputs, create_graph=True)
         stood = [] if reduced_together(subject, seen.ddp) else subject.layout.params
@@ -93,35 +94,29 @@ def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
         value = unscaled(loss, scale, subject.window)
     except Exception as error:
         agree(processes, works=False)
-        return Passing(_bare(error), False)
+        return Passing(bare(error), False)
     if not agree(processes, works=True):
         return Passing(CurvatureError("another process could not measure, and says why"), False)
     # From the outputs on, for the graph before them is not needed again, and that of the loss is.
     torch.autograd.backward(outputs, [slope.detach() for slope in slopes])
     try:
         accumulates = bool(start) or subject.window.micro_batches > 0
-        once_more, dtype = _second_call(call, outputs, slopes), call.computed_in
+        once_more, dtype = _second_call(call, places, slopes), call.computed_in
         found = again(subject, once_more, value, call.random, scale, start, accumulates, seen.ddp, dtype)
         return Passing(found, True)
     except Exception as error:
         if processes:  # which are in the middle of it, and would take later messages for those of now
             raise
-        return Passing(_bare(error), True)
+        return Passing(bare(error), True)
 
 
-def _bare(error: Exception) -> Exception:
-    """An error without what holds the graph."""
-    error.__traceback__ = error.__context__ = error.__cause__ = None
-    return error
-
-
-def _between(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs that the loss is made from: those on whose gradients its whole gradient depends.
+def _between(loss: Tensor, outputs: Sequence[Tensor]) -> list[int]:
+    """Which outputs the loss is made from: those on whose gradients its whole gradient depends.
 
     Raises:
         CurvatureError: Parameters come into the loss otherwise, or one of these outputs is made from another.
     """
-    at = {(output.grad_fn, output.output_nr): output for output in outputs}
+    at = {(output.grad_fn, output.output_nr): i for i, output in enumerate(outputs)}
     met, leaves = _upstream([(loss.grad_fn, loss.output_nr)], at.keys())
     if leaves:
         raise CurvatureError(
@@ -130,7 +125,7 @@ def _between(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         )
     if not met.isdisjoint(_upstream([edge for fn, _ in met for edge in fn.next_functions], at.keys())[0]):
         raise CurvatureError("the model has no second derivative, and its loss uses an output made from another")
-    return [output for edge, output in at.items() if edge in met]
+    return [i for edge, i in at.items() if edge in met]
 
 
 def _upstream(edges: Iterable[tuple[Any, int]], stops: Collection[Any]) -> tuple[set[Any], list[Tensor]]:
@@ -158,9 +153,9 @@ def _hooked(output: Tensor, of_forward: set[int], slope: Tensor) -> Tensor:
     return slope
 
 
-def _second_call(call: Call, outputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> Callable[[], None]:
+def _second_call(call: Call, places: Sequence[int], slopes: Sequence[Tensor]) -> Callable[[], None]:
     """What evaluates the loss at displaced weights, from its gradient by the outputs that it is made from."""
-    places = [next(i for i, output in enumerate(call.outputs) if output is one) for one in outputs]
+    outputs, hooks = [call.outputs[i] for i in places], [call.hooks[i] for i in places]
 
     def once_more() -> None:
         with call.as_it_was():
@@ -173,7 +168,6 @@ def _second_call(call: Call, outputs: Sequence[Tensor], slopes: Sequence[Tensor]
             with unhooked([*outputs, *marked()]):
                 change = torch.autograd.grad(curved, outputs, moved, retain_graph=True, allow_unused=True)
         by_new = [s.detach() if more is None else s.detach() + more for s, more in zip(slopes, change, strict=True)]
-        hooks = [call.hooks[i] for i in places]
         torch.autograd.backward(new, list(map(_hooked, outputs, hooks, by_new)))
 
     return once_more

@@ -231,7 +231,7 @@ def in_passing(now: Callable[[], Subject], seen: Seen) -> Passing:
         found: Measurement | Exception = _measure(subject, graph, value, scale, ddp, keep, handed_over)
     except Exception as error:  # out of memory, say: the user's backward is not to fail for our sake
         found = (explain(error) if isinstance(error, RuntimeError) else None) or error
-        error.__traceback__ = error.__context__ = error.__cause__ = None  # which hold the graph
+        bare(error)
     accumulated = bool(graph if ddp is None else handed_over) and not keep
     if accumulated and ddp is None:
         _accumulate(graph)
@@ -240,6 +240,12 @@ def in_passing(now: Callable[[], Subject], seen: Seen) -> Passing:
             loss.backward()  # type: ignore[no-untyped-call]
         return Passing(failed_measurement(now(), loss, ddp.process_group, found), True)
     return Passing(found, accumulated)
+
+
+def bare(error: Exception) -> Exception:
+    """An error without what holds the graph."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def failed_measurement(subject: Subject, loss: Tensor, replicas: ProcessGroup, failure: Exception) -> Measurement:

@@ -6,6 +6,7 @@ parameters' AccumulateGrad nodes are reached. So a gradient that was taken apart
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lwas_fast.errors import CurvatureError
+from lwas_fast.shards import summed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,15 +60,6 @@ def why_not_all(ddp: DistributedDataParallel | None) -> CurvatureError | None:
     )
 
 
-def check_alone() -> None:
-    """Refuse to measure where nothing averages this process's gradients, but others are there.
-
-    Raises:
-        CurvatureError: A distributed run.
-    """
-    check(None)
-
-
 def agree(groups: list[tuple[ProcessGroup, Any]], works: bool) -> bool:
     """Whether something works on all processes of some groups, each given with the device on which it talks.
 
@@ -108,17 +101,9 @@ def accumulate(graph: dict[Tensor, Tensor]) -> None:
 
 def average_loss(loss: Tensor, group: ProcessGroup | None) -> Tensor:
     """A loss, in a distributed run averaged over a group, or over all processes, which then take this step together."""
-    if _replicas(group) == 1:
-        return loss
-    loss = loss.detach().clone()
-    torch.distributed.all_reduce(loss, group=group)
-    return loss / _replicas(group)
+    return loss if _replicas(group) == 1 else average([loss], group)[0]
 
 
-def average(sums: list[Tensor], group: ProcessGroup) -> list[Tensor]:
+def average(values: Sequence[Tensor], group: ProcessGroup | None) -> list[Tensor]:
     """Average tensors over the replicas, in one message."""
-    flat = torch.cat([s.flatten().to(sums[0].device) for s in sums])
-    torch.distributed.all_reduce(flat, group=group)
-    flat /= torch.distributed.get_world_size(group)
-    parts = torch.split(flat, [s.numel() for s in sums])
-    return [part.view_as(s).to(s) for part, s in zip(parts, sums, strict=True)]
+    return [total / _replicas(group) for total in summed(values, [group])]
