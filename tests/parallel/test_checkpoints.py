@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import OPTIMIZERS, batches, small_net
+from cases import OPTIMIZERS, batches, small_net, train
 from processes import results_of
-from test_fsdp import sharded, train, whole
+from shard_cases import sharded, whole
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -46,7 +46,7 @@ def make(kind):
 def go_on(kind, model, opt, data):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = [(x[rank::world], y[rank::world]) for x, y in data]
-    train(opt, model, "closure" if kind == "told" else "followed", own)
+    train(opt, model, own, "closure" if kind == "told" else "followed")
 
 
 def weights(model):
@@ -156,9 +156,9 @@ def alone():
     model = small_net(torch.float32)
     opt = OPTIMIZERS["adamw"](model, update_every=3)
     opt._now.following.replays = True
-    train(opt, model, "followed", DATA[:7])
+    train(opt, model, DATA[:7], "followed")
     saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
-    train(opt, model, "followed", DATA[7:])
+    train(opt, model, DATA[7:], "followed")
     return saved, ([p.detach() for p in model.parameters()], opt.rates())
 
 
@@ -204,7 +204,7 @@ def test_a_sharded_state_goes_on_in_one_process(saved):
     opt = OPTIMIZERS["adamw"](model, update_every=3)
     opt._now.following.replays = True
     set_state_dict(model, opt, model_state_dict=of_model, optim_state_dict=of_opt)
-    train(opt, model, "followed", DATA[7:])
+    train(opt, model, DATA[7:], "followed")
     torch.testing.assert_close([p.detach() for p in model.parameters()], ends, rtol=1e-4, atol=1e-6)
     assert opt.rates().keys() == rates.keys()
 

@@ -11,16 +11,16 @@ from functools import partial
 import pytest
 import torch
 from cases import OPTIMIZERS, batches, loss_of, small_net
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from shard_cases import shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 pytestmark = pytest.mark.gpu
 
 
-def trained(kind: str, shard: bool, **policy: torch.dtype) -> tuple[list[torch.Tensor], dict[str, float]]:
+def trained(kind: str, spread: bool, **policy: torch.dtype) -> tuple[list[torch.Tensor], dict[str, float]]:
     model = small_net(torch.float32).cuda()
-    if shard:
-        fully_shard(model[0], mp_policy=MixedPrecisionPolicy(**policy))
-        fully_shard(model, mp_policy=MixedPrecisionPolicy(**policy))
+    if spread:
+        shard(model, mp_policy=MixedPrecisionPolicy(**policy))
     opt = OPTIMIZERS[kind](model, update_every=3)
     opt._now.following.replays = True
     for x, y in batches(20, torch.float32):
@@ -28,7 +28,7 @@ def trained(kind: str, shard: bool, **policy: torch.dtype) -> tuple[list[torch.T
         opt.step()
         opt.zero_grad()
     assert opt.measured_by == "replay"
-    weights = [(p.full_tensor() if shard else p).detach().cpu() for p in model.parameters()]
+    weights = [(p.full_tensor() if spread else p).detach().cpu() for p in model.parameters()]
     return weights, opt.rates()
 
 

@@ -16,30 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import OPTIMIZERS, batches, loss_of, small_net
+from cases import OPTIMIZERS, batches, small_net, train
 from processes import results_of
-from test_fsdp import sharded, whole
+from shard_cases import sharded, whole
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 pytestmark = pytest.mark.slow
 STEPS, LEAK = 300, 2000
 
 
-def train(model, opt, data):
-    losses = []
-    for batch in data:
-        loss = loss_of(model, batch)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        losses.append(loss.item())
-    return torch.tensor(losses)
-
-
 def curve(rank):
     model = sharded(torch.float32)
     data = [(x[rank::2], y[rank::2]) for x, y in batches(STEPS, torch.float32)]
-    return train(model, OPTIMIZERS["adamw"](model), data)
+    return torch.tensor(train(OPTIMIZERS["adamw"](model), model, data, "followed"))
 
 
 def leak(rank):
@@ -48,7 +37,7 @@ def leak(rank):
     opt = OPTIMIZERS["adamw"](model, update_every=10)
     found = []
     for _ in range(2):
-        train(model, opt, batches(10, torch.float32) * (LEAK // 20))
+        train(opt, model, batches(10, torch.float32) * (LEAK // 20), "followed")
         gc.collect()
         found.append((len(gc.get_objects()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     return found
@@ -67,7 +56,7 @@ def test_the_loss_curve_is_that_of_one_process(of_both):
     model = small_net(torch.float32)
     opt = OPTIMIZERS["adamw"](model)
     opt._now.following.replays = True
-    alone = train(model, opt, batches(STEPS, torch.float32))
+    alone = torch.tensor(train(opt, model, batches(STEPS, torch.float32), "followed"))
     torch.testing.assert_close((one + two) / 2, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -96,7 +85,7 @@ def run(folder: str, dies: bool) -> None:
             dcp.save({"model": of_model, "opt": of_opt}, checkpoint_id=at)
         if dies and k == 6 and start == 0 and rank == 1:
             os._exit(1)
-        train(model, opt, [(data[k][0][rank::2], data[k][1][rank::2])])
+        train(opt, model, [(data[k][0][rank::2], data[k][1][rank::2])], "followed")
     weights = [whole(p).clone() for p in model.parameters()]
     if rank == 0:
         torch.save((start, weights), Path(folder, "end"))

@@ -9,12 +9,11 @@ from functools import partial
 
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, loss_of, small_net, usual
+from cases import OPTIMIZERS, batches, loss_of, small_net, train
 from processes import results_of
-from test_fsdp import whole
+from shard_cases import shard, sharded, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 WAYS = ("closure", "followed")
@@ -43,20 +42,8 @@ def spread(name):
         return parallelize_module(model, mesh, TENSORS), 0, 1
     if name == "fsdp and tensor":
         parallelize_module(model, mesh["tensor"], TENSORS)
-        fully_shard(model[0], mesh=mesh["data"])
-        return fully_shard(model, mesh=mesh["data"]), rank // 2, 2
-    fully_shard(model[0], mesh=mesh)
-    return fully_shard(model, mesh=mesh), rank, 4
-
-
-def train(opt, model, way, data):
-    for batch in data:
-        opt.zero_grad()
-        if way == "closure":
-            opt.step(usual(opt, model, batch))
-        else:
-            loss_of(model, batch).backward()
-            opt.step()
+        return shard(model, mesh=mesh["data"]), rank // 2, 2
+    return shard(model, mesh=mesh), rank, 4
 
 
 def made(kind, way, model):
@@ -67,7 +54,7 @@ def made(kind, way, model):
 def scenario(name, kind, way, rank):
     model, number, count = spread(name)
     opt = made(kind, way, model)
-    train(opt, model, way, [(x[number::count], y[number::count]) for x, y in batches(STEPS)])
+    train(opt, model, [(x[number::count], y[number::count]) for x, y in batches(STEPS)], way)
     state = opt.state_dict()["state"]
     return {
         "weights": [whole(p) for p in model.parameters()],
@@ -79,9 +66,7 @@ def scenario(name, kind, way, rank):
 
 
 def long(rank):
-    model = small_net(torch.float32)
-    fully_shard(model[0])
-    fully_shard(model)
+    model = sharded(torch.float32)
     opt = OPTIMIZERS["adamw"](model)
     rates = []
     for x, y in batches(200, torch.float32):
@@ -132,7 +117,7 @@ def test_a_mesh_takes_the_steps_of_one_process(of_all, name, kind, way):
     if way == "followed":
         assert found[0]["by"] == "replay"
         opt._now.following.replays = True
-    train(opt, model, way, batches(STEPS))
+    train(opt, model, batches(STEPS), way)
     torch.testing.assert_close(found[0]["weights"], [p.detach() for p in model.parameters()], rtol=1e-5, atol=1e-7)
     for layer, rate in opt.rates().items():
         assert found[0]["rates"][layer] == pytest.approx(rate, rel=1e-3)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from cases import OPTIMIZERS, batches, loss_of, small_net
 from processes import results_of
+from shard_cases import sharded
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,9 +42,7 @@ class Messages(TorchDispatchMode):
 
 
 def fsdp(rank):
-    model = small_net(torch.float32)
-    fully_shard(model[0])
-    return fully_shard(model)
+    return sharded(torch.float32)
 
 
 def ddp(rank):
