@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
+from lwas_fast.hooks import Hook, Train, entries, nothing
 from lwas_fast.measure import Call, Seen, watch, with_graph
 from lwas_fast.measure.products import leaves_of
 from lwas_fast.says import warn
@@ -31,20 +32,6 @@ from lwas_fast.wrappers import (
     run_eagerly,
     unwrapped,
 )
-
-DEPTH = 2  # levels of parts that are taken for ones that may be called alone
-
-
-def _entries(module: nn.Module, depth: int) -> Iterator[nn.Module]:
-    """A module and its parts that have parameters, so many levels down; lists of modules are no level."""
-    yield module
-    for part in module.children() if depth else ():
-        if next(part.parameters(), None) is not None:
-            yield from _entries(part, depth if isinstance(part, (nn.ModuleList, nn.ModuleDict)) else depth - 1)
-
-
-def _nothing(*_: object) -> None:
-    pass
 
 
 def _stop(
@@ -61,43 +48,10 @@ def _stop(
         shared.leave(identity)
     watch.unwatch(who())
     model = root()
-    if model is not None and isinstance(train := model.__dict__.get("train"), _Train):
+    if model is not None and isinstance(train := model.__dict__.get("train"), Train):
         train.then = [ref for ref in train.then if ref is not then]
         if not train.then:
             del model.__dict__["train"]
-
-
-class _Train:
-    """In front of a model's own ``train``: modes that are set here are known before the model is called."""
-
-    def __init__(self, root: weakref.ref[nn.Module]):
-        self._root = root
-        self.then: list[weakref.WeakMethod[Any]] = []  # one for each optimizer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._root()
-        assert model is not None  # who calls this has it
-        found = type(model).train(model, *args, **kwargs)
-        for ref in self.then:
-            if (then := ref()) is not None:
-                then(model.training)
-        return found
-
-    def __reduce__(self) -> Any:
-        return (getattr, (self._root(), "train"))  # a copied or pickled model has its class's own
-
-
-class _Hook:
-    """A method of a `Following`; on a copied or pickled model, nothing."""
-
-    def __init__(self, call: Any):
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __reduce__(self) -> Any:
-        return (_Hook, (_nothing,))
 
 
 class Owner(NamedTuple):
@@ -156,14 +110,14 @@ class Following:
         handles = [
             # First, for FSDP2's hook gathers the weights that this one may change.
             entry.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
-            for entry in dict.fromkeys(_entries(root, DEPTH))
+            for entry in dict.fromkeys(entries(root))
         ]
         for part in root.modules():
             if part._parameters:
-                handles.append(part.register_state_dict_post_hook(_Hook(self._saved)))  # type: ignore[no-untyped-call]
-                handles.append(part.register_load_state_dict_pre_hook(_Hook(self._loads)))  # type: ignore[no-untyped-call]
+                handles.append(part.register_state_dict_post_hook(Hook(self._saved)))  # type: ignore[no-untyped-call]
+                handles.append(part.register_load_state_dict_pre_hook(Hook(self._loads)))  # type: ignore[no-untyped-call]
         compiled = [part for part in layers_of(model) if is_compiled(part)]
-        handles += [part.register_forward_pre_hook(_Hook(self._before_compiled)) for part in compiled]
+        handles += [part.register_forward_pre_hook(Hook(self._before_compiled)) for part in compiled]
         self._compiled: bool | None = True if compiled else None  # not known
         self._handles = handles
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
@@ -173,15 +127,15 @@ class Following:
         self._opened: weakref.ref[nn.Module] | None = None  # what was called last, of which the output is watched
         self._reached: set[Tensor] = set()  # leaves that its output came from
         self._called = False  # in training mode, since the last step
-        if not isinstance(train := root.__dict__.get("train"), _Train):
-            train = root.__dict__["train"] = _Train(self._root)
+        if not isinstance(train := root.__dict__.get("train"), Train):
+            train = root.__dict__["train"] = Train(self._root)
         then = weakref.WeakMethod(self._mode_set)
         train.then.append(then)
         ours = self._root, then, handles, weakref.ref(self), id(self)
         self.stop = weakref.finalize(optimizer, _stop, *ours)
 
     def __reduce__(self) -> Any:
-        return (_Hook, (_nothing,))
+        return (Hook, (nothing,))
 
     def model(self) -> nn.Module | None:
         """The model as it was given, while that lives, or its inside."""
