@@ -87,6 +87,7 @@ def peaks_of(shape, half, tokens, returns="logits", ranks=1, batches=1):
             model = fully_shard(WithLoss(model, returns == "both"), mesh=mesh)
         opt, params = AdamWLW(model), list(model.parameters())
         for measures in (True, False, True):
+            opt._now.outcome = None  # no second try: other ranks' shards are whatever lay in memory, NaN perhaps
             for group in opt.param_groups:
                 group["next_refresh"] = group["steps"] + (0 if measures else 1)
             opt.zero_grad()
