@@ -141,9 +141,9 @@ def main() -> None:
     agree = rates_agree(opt, device)
     say(f"validation loss {validate(model, test, device):.4f}")
     say(f"measurements: {due} due, {opt.log()['measurements']:.0f} taken; rates equal on {ranks} ranks: {agree}")
-    dist.barrier()  # else a thread of gloo's may hold the last tensor as Python ends, which aborts: pytorch#190489
     dist.destroy_process_group()
-    sys.exit(not agree)
+    sys.stdout.flush()
+    os._exit(not agree)  # as Python ends by itself a thread of gloo's may abort it, or never end: pytorch#190489
 
 
 if __name__ == "__main__":

@@ -76,16 +76,18 @@ def run_here(name: str, rate: str | None) -> None:
     register_optimizer_step_post_hook(after)
     text = (HERE / f"{name}.py").read_text()
     text = text if rate is None else with_adamw(text, rate)
-    shown = io.StringIO()
+    shown, names = io.StringIO(), {"__name__": "__main__"}
     with contextlib.redirect_stdout(shown):
-        exec(compile(text, f"{name}.py", "exec"), {"__name__": "__main__"})
+        exec(compile(text, f"{name}.py", "exec"), names)
     if together != {PROCESSES.get(name, 1)}:  # each by itself would give fine losses, too
         raise SystemExit(f"{name} took steps in groups of {together} processes")
     if int(os.environ.get("RANK", 0)) == 0:
         loss = re.findall(r"^loss ([\d.]+)", shown.getvalue(), re.MULTILINE)[-1]
         print(json.dumps({"loss": float(loss), "due": sum(due), "taken": sum(taken)}), flush=True)
     if name in PROCESSES:
-        os._exit(0)  # gloo's threads may keep a process that ends as usual, of torch's AdamW too
+        # At once, with `names` alive: to free DDP's reducer is to end gloo's group, and that may wait for ever, with
+        # Python's lock, for a thread of gloo's that waits for Python's lock. With torch's AdamW, too.
+        os._exit(0)
 
 
 def run(name: str, rate: str | None = None) -> dict[str, float]:
