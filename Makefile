@@ -5,6 +5,8 @@
 #   make test       everything that takes seconds, in two processes; ARGS="-k demo" passes options on, WORKERS=0 runs
 #                   all in one (for --pdb)
 #   make test-slow  what takes minutes
+#   make trust      faults, interrupts, call orders, resumed runs, planted faults: a table of what was tried and held,
+#                   minutes; ARGS=--write puts it into docs/guarantees.md
 #   make bench      whole steps, update and rates against torch's own, about 8 minutes: JSON and pictures in
 #                   bench/results/, tables at the end; ARGS="-k step" takes a part
 #   make lint       ruff, mypy, import-linter, clang-format
@@ -33,9 +35,9 @@ CSRC := $(wildcard csrc/*)
 
 # Threads that wait sleep instead of spinning: a little slower on an idle machine, twenty times faster on one whose
 # cores are busy with something else.
-demo test test-slow: export OMP_WAIT_POLICY ?= passive
+demo test test-slow trust: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow bench trainers lint docs package clean
+.PHONY: demo test test-slow trust bench trainers lint docs package clean
 
 demo: $(READY)
 	$(PY) -m examples.demo $(ARGS)
@@ -48,6 +50,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow $(ARGS)
+
+trust: $(READY)
+	$(PYTEST) -m "slow or not slow" tests/trust $(ARGS)
 
 bench: $(READY)
 	$(PY) -m pytest bench -q --benchmark-quiet --benchmark-json=bench/results/latest.json $(ARGS)
