@@ -32,7 +32,7 @@ class Row:
 
 @pytest.fixture
 def tally(record_property: Callable[[str, object], None]) -> Callable[[str], Any]:
-    """``with tally("what is promised") as row: row.held(condition, case)``; fails at the end if a case did not hold."""
+    """Count cases: ``with tally("what is promised") as row: row.held(condition, case)``; fails if one did not hold."""
 
     @contextmanager
     def counting(what: str) -> Iterator[Row]:
