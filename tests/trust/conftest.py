@@ -32,7 +32,10 @@ class Row:
 
 @pytest.fixture
 def tally(record_property: Callable[[str, object], None]) -> Callable[[str], Any]:
-    """Count cases: ``with tally("what is promised") as row: row.held(condition, case)``; fails if one did not hold."""
+    """Give what counts the cases of one promise, and fails at its end if one did not hold.
+
+    ``with tally("what is promised") as row: row.held(condition, case)``
+    """
 
     @contextmanager
     def counting(what: str) -> Iterator[Row]:
