@@ -9,6 +9,7 @@ from torch.optim.optimizer import Optimizer
 
 from lwas_fast import measure, rates
 from lwas_fast.follow import Following
+from lwas_fast.interrupts import whole
 from lwas_fast.layers import Layout
 from lwas_fast.rule import Rule
 from lwas_fast.says import warn
@@ -139,13 +140,16 @@ class WithLayers(Optimizer):
         return any(map(rates.is_due, self.param_groups))
 
     def _hear_outcome(self) -> None:
-        outcome, self._now.outcome = self._now.outcome, None
-        layers = outcome.tell() if outcome is not None else []
+        if self._now.outcome is None:
+            return
+        with whole():
+            layers, self._now.outcome = self._now.outcome.tell(), None
         if layers and not self._now.warned_of_layers:
             self._now.warned_of_layers = True
             warn(
                 f"{type(self).__name__} could not use three measurements in a row of {len(layers)} layer(s), the first "
-                f"of them {layers[0]!r}: the gradient was 0, or the curvature 0 or not finite. Such a layer keeps its "
+                f"of them {layers[0]!r}: the gradient was 0, or the curvature 0 or not finite, or the two evaluations "
+                "of a closure gave losses of other batches (it must draw alike both times). Such a layer keeps its "
                 "step size until a measurement can be used; opt.diagnostics() counts no_descent and nonfinite."
             )
 

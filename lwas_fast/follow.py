@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
 from lwas_fast.hooks import Hook, Train, entries, nothing
+from lwas_fast.interrupts import whole
 from lwas_fast.measure import Call, Seen, watch, with_graph
 from lwas_fast.measure.products import leaves_of
 from lwas_fast.says import warn
@@ -157,7 +158,8 @@ class Following:
             return
         training = root.training
         if training is not self.trained or self.due:
-            self._act(module, training, args, kwargs)
+            with whole():
+                self._act(module, training, args, kwargs)
 
     def _act(self, module: nn.Module, training: bool, args: Any, kwargs: Any) -> None:
         hold, place = self._owner.hold(), self._owner.place()
@@ -189,6 +191,10 @@ class Following:
 
     def _mode_set(self, training: bool) -> None:
         """After ``model.train()`` or ``model.eval()``, which is all that is to be seen of a compiled model."""
+        with whole():
+            self._set_mode(training)
+
+    def _set_mode(self, training: bool) -> None:
         self._leave()
         hold, place = self._owner.hold(), self._owner.place()
         # Without gradients statistics may be about to be gathered, of whatever weights there are; but nothing that
@@ -218,16 +224,17 @@ class Following:
         self._enter()
 
         def done(_module: nn.Module, _args: Any, output: Any) -> None:
-            handle.remove()
-            self._leave()
-            if output is None:  # it raised
-                return
-            if call is not None:
-                call.returned(with_graph(output))
-            self._calls = [*self._calls, call][-2:]  # more than one is of no use
-            if self._sharded:
-                self._reached.update(leaves_of(*with_graph(output)))
-            watch.watch(self, output)
+            with whole():
+                handle.remove()
+                self._leave()
+                if output is None:  # it raised
+                    return
+                if call is not None:
+                    call.returned(with_graph(output))
+                self._calls = [*self._calls, call][-2:]  # more than one is of no use
+                if self._sharded:
+                    self._reached.update(leaves_of(*with_graph(output)))
+                watch.watch(self, output)
 
         handle = module.register_forward_hook(done, always_call=True)
 
@@ -298,8 +305,13 @@ class Following:
     def _saved(self, module: nn.Module, saved: dict[str, Any], prefix: str, _: Any) -> None:
         """A state dict of the model has the average in it, whatever the model holds."""
         average_of = self._owner.average_of()
-        if average_of is None or not self.trained:
-            return
+        if average_of is not None and self.trained:
+            with whole():
+                self._put_average(module, saved, prefix, average_of)
+
+    def _put_average(
+        self, module: nn.Module, saved: dict[str, Any], prefix: str, average_of: Callable[[Tensor], Tensor | None]
+    ) -> None:
         for name, param in module._parameters.items():
             entry = saved.get(prefix + name)
             if param is None or entry is None or entry is param:  # keep_vars=True asks for the parameters themselves

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lwas_fast import groups, measure, options, rates, shards, state, update, wrappers
 from lwas_fast.base import Now
+from lwas_fast.interrupts import whole
 from lwas_fast.layers import Grouping
 from lwas_fast.parallel import ddp as replicas
 from lwas_fast.rule import Scaling
@@ -144,11 +145,12 @@ class LayerwiseOptimizer(WithAverage):
         if self._now.window.complete:  # gradients were dropped behind our back (model.zero_grad(), GradScaler)
             self._close_window()
         measures = last and self.curvature_due
-        value, found = measure.backward(self._subject, loss, self._how["hvp"], measures, scaler, ddp)
-        if found is not None:
-            self._take(found, "opt.backward")
-        self._now.window.micro_batches += 1
-        self._now.window.complete = last
+        with whole():
+            value, found = measure.backward(self._subject, loss, self._how["hvp"], measures, scaler, ddp)
+            if found is not None and (failure := self._take(found, "opt.backward")) is not None:
+                self._say(failure)
+            self._now.window.micro_batches += 1
+            self._now.window.complete = last
         return value
 
     def _see(self, seen: measure.Seen, calls: list[measure.Call | None]) -> bool:
@@ -178,9 +180,7 @@ class LayerwiseOptimizer(WithAverage):
                 found, accumulated = measure.replayed(self._subject, seen, call)
             else:
                 found, accumulated = measure.in_passing(self._subject, seen)
-            failure = found if isinstance(found, Exception) else found.failure
-            if not isinstance(found, Exception):
-                self._take(found, "loss.backward" if call is None else "replay")
+            failure = self._take(found, "loss.backward" if call is None else "replay")
             if failure is not None and self._now.measured is None and can_replay and not following.replays:
                 following.replays = True  # the next step is due
             elif failure is not None:
@@ -192,13 +192,14 @@ class LayerwiseOptimizer(WithAverage):
         if self._now.failure is None:
             warn(f"{type(self).__name__} could not measure the curvature, and goes on at present rates: {failure}")
         self._now.failure = str(failure)  # the exception would hold the graph
+        if measure.out_of_memory(failure):  # to try again at each step would cost more than a measurement is worth
+            rates.postpone(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, as in torch, and whatever `backward` measured on them."""
         self._close_window()
         super().zero_grad(set_to_none)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take a measurement into the rates, if there is one, and update the parameters.
 
@@ -217,12 +218,16 @@ class LayerwiseOptimizer(WithAverage):
             RuntimeError: ``fused=True``, and the compiled update cannot serve; or `eval` was called, but not `train`.
                 Nothing has been updated.
         """
-        if closure is None:
+        with whole(), torch.no_grad():
             value = None
-        else:
-            self._place()
-            value = self._evaluate(closure)
-        self._check_training()  # the closure may have called eval()
+            if closure is not None:
+                self._place()
+                value = self._evaluate(closure)
+            self._check_training()  # the closure may have called eval()
+            self._update()
+        return value
+
+    def _update(self) -> None:
         layout = self._layout  # once, for it is looked through for parameters that somebody replaced
         following = self._now.following
         if following is not None and following.due and following.params.isdisjoint(layout.home):
@@ -236,17 +241,16 @@ class LayerwiseOptimizer(WithAverage):
             self._hear_outcome()
             self._warn_if_overdue()
         else:
+            self._warn_of_lr(self.param_groups)
             measured, self._now.measured = self._now.measured, None  # once, even if the update fails
             measured = rates.of_this_step(measured, layout, self.rule, scaling)
             self._now.outcome = rates.take_in(measured, self.param_groups, scaling.found_inf)
             self._now.patience, self._now.failure = 1, None
-            self._warn_of_lr(self.param_groups)
             self._now.micro_batches = self._now.window.micro_batches
         update.run(layout, self.rule, parts, scaling)
         self._close_window()
         if self._now.following is not None:  # perhaps another than before
             self._now.following.after_step(any(map(rates.is_due, self.param_groups)), self._now.outcome is not None)
-        return value
 
     def _follow_again(self) -> None:
         """Where somebody sharded the model and put its new parameters into the groups, as Accelerate does."""
@@ -278,13 +282,21 @@ class LayerwiseOptimizer(WithAverage):
                 )
             )
             found = measure.again(self._subject(), closure, value, replay, 1.0, start, accumulated, of_model)
-            self._take(found, "opt.step")
+            if (failure := self._take(found, "opt.step")) is not None:
+                self._say(failure)
         return value
 
-    def _take(self, found: measure.Measurement, route: str) -> None:
-        self._now.measured = rates.refreshed(found, self.param_groups, self._now.plans)
-        if self._now.measured is not None:
+    def _take(self, found: measure.Measurement | Exception, route: str) -> Exception | None:
+        """Work out what a measurement makes of the rates, for the next step; give what failed, if anything did."""
+        if isinstance(found, Exception):
+            return found
+        measured = rates.refreshed(found, self.param_groups, self._now.plans)
+        if isinstance(measured, Exception):
+            return measured
+        self._now.measured = measured
+        if measured is not None:
             self._now.route = route
+        return found.failure
 
     def _warn_of_lr(self, groups: list[dict[str, Any]]) -> None:
         self._now.warned_of_lr = self._now.warned_of_lr or any(map(options.warn_of_lr, groups))
@@ -345,12 +357,18 @@ class LayerwiseOptimizer(WithAverage):
             self._now.loading = loaded
             lost.extend(state.lost_options(loaded))
 
-        handle = self.register_load_state_dict_pre_hook(check)  # last of the hooks: sees what will be loaded
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self._now.loading = None
-        self._recognise()
+        before, now = (self.state, self.param_groups), dict(vars(self._now))
+        with whole():
+            handle = self.register_load_state_dict_pre_hook(check)  # last of the hooks: sees what will be loaded
+            try:
+                super().load_state_dict(state_dict)
+                self._now.loading = None
+                self._recognise()
+            except BaseException:  # memory may run out
+                self.state, self.param_groups = before
+                vars(self._now).update(now)
+                raise
+            finally:
+                handle.remove()
         if lost:
             warn(f"the saved state was trained with {', '.join(lost)}: options that are gone. Training goes on without")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lwas_fast import follow, measure, shards, update, wrappers
 from lwas_fast.base import WithLayers
+from lwas_fast.interrupts import open_to_interrupts, whole
 from lwas_fast.says import warn
 
 
@@ -65,16 +66,18 @@ class WithAverage(WithLayers):
     def averaged(self) -> Iterator[None]:
         """Hold the average in the parameters inside, whatever a followed module's mode."""
         following, training = self._now.following, self._note_held()
-        self.eval()
         pinned = following is not None and following.pinned
-        if following is not None:
-            following.pinned = True
-        try:
-            yield
-        finally:
+        with whole():
+            self.eval()
             if following is not None:
-                following.pinned = pinned
-            self.train(training)
+                following.pinned = True
+            try:
+                with open_to_interrupts():
+                    yield
+            finally:
+                if following is not None:
+                    following.pinned = pinned
+                self.train(training)
 
     def averaged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """``model.state_dict()`` with the average of the weights, in memory of its own."""
@@ -105,11 +108,12 @@ class WithAverage(WithLayers):
         self._hold(training=mode)
 
     def _hold(self, training: bool) -> None:
-        self._place()
-        update.swap(self.param_groups, self.state, self.rule, training)
-        if any(shards.mesh_of(param) is not None for group in self.param_groups for param in group["params"]):
-            shards.reshard(self._model())
-        self._note_held()
+        with whole():
+            self._place()
+            update.swap(self.param_groups, self.state, self.rule, [training] * len(self.param_groups))
+            if any(shards.mesh_of(param) is not None for group in self.param_groups for param in group["params"]):
+                shards.reshard(self._model())
+            self._note_held()
 
     def _average_of(self, param: Tensor) -> Tensor | None:
         group = self._layout.home.get(param)
@@ -134,6 +138,10 @@ class WithAverage(WithLayers):
         It belongs beside a state of the model with the average in it where a module is followed (or after `eval`), and
         else beside one with the weights trained on. `load_state_dict` notices which of the two the model has.
         """
+        with whole():
+            return self._saved()
+
+    def _saved(self) -> dict[str, Any]:
         self._hear_outcome()
         self._place()
         self._layout.attach()
@@ -164,8 +172,7 @@ class WithAverage(WithLayers):
             self._note_held()
             self._now.following.due = self._now.following.restored = True
             return
-        for group, training in zip(self.param_groups, meant, strict=True):
-            update.swap([group], self.state, self.rule, training)
+        update.swap(self.param_groups, self.state, self.rule, meant)
 
     def _found_to_train(self, group: dict[str, Any], training: bool) -> None:
         group["train_mode"] = training
@@ -175,6 +182,12 @@ class WithAverage(WithLayers):
 
     def _place(self, at_last: bool = True) -> bool:
         """Find out the same later, or `at_last`, before the weights are needed; whether it is known now."""
+        if not self._now.unplaced:
+            return True
+        with whole():
+            return self._place_now(at_last)
+
+    def _place_now(self, at_last: bool) -> bool:
         unplaced, self._now.unplaced = self._now.unplaced, []
         for group, known in unplaced:
             training, average = update.holds(group, self.state, known)
@@ -190,6 +203,5 @@ class WithAverage(WithLayers):
                 f"the model's weights are not those that the loaded state of {type(self).__name__} was saved with: "
                 "their average starts anew from here. Load the model's and the optimizer's states of one checkpoint"
             )
-        if unplaced:
-            self._note_held()
+        self._note_held()
         return not self._now.unplaced

@@ -6,6 +6,7 @@
 """
 
 from lwas_fast.measure.differences import Replay
+from lwas_fast.measure.explain import explain, out_of_memory
 from lwas_fast.measure.probes import Measurement, Probe, Products, Subject, Vectors, Window, squared_lengths
 from lwas_fast.measure.replay import Call, replayed
 from lwas_fast.measure.routes import Seen, again, backward, evaluate, in_passing
@@ -24,7 +25,9 @@ __all__ = [
     "again",
     "backward",
     "evaluate",
+    "explain",
     "in_passing",
+    "out_of_memory",
     "released",
     "replayed",
     "squared_lengths",

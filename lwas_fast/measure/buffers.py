@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -50,6 +51,7 @@ class _Kept:
     """Buffers as they were: which tensor stood under which name, and its values, copied once."""
 
     def __init__(self) -> None:
+        self._thread = threading.get_ident()
         self._modules: dict[int, nn.Module] = {}  # by id: a module may compare or hash as it likes
         self._names: list[tuple[nn.Module, str, Tensor]] = []
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
@@ -66,8 +68,8 @@ class _Kept:
                     self._values[id(buffer)] = (buffer, buffer.detach().clone())
 
     def add_called(self, module: nn.Module, _: object) -> None:
-        """Keep what a module and its descendants have; as a hook."""
-        if id(module) not in self._modules:
+        """Keep what a module and its descendants have; as a hook, which other threads' modules call too."""
+        if id(module) not in self._modules and threading.get_ident() == self._thread:
             for part in module.modules():
                 self.add(part)
 

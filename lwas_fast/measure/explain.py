@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import torch
+
 from lwas_fast.errors import CurvatureError
 
 # The error that autograd raises -> what the user called, and what to do about it besides finite differences.
@@ -41,20 +43,36 @@ _NO_DOUBLE_BACKWARD = (
     ),
 )
 _NOT_IMPLEMENTED = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
 _FREED = re.compile(r"backward through the graph a second time|saved intermediate values of the graph")
 
 
-def explain(error: RuntimeError) -> CurvatureError | None:
-    """Translate what autograd raised in a curvature pass.
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory was what an operation lacked, of a device or of the host (whose error has no class of its own)."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def explain(error: Exception) -> CurvatureError | None:
+    """Translate what was raised in a curvature pass.
 
     Args:
-        error: The exception of ``torch.autograd.grad``.
+        error: The exception of ``torch.autograd.grad``, or of what an evaluation or a copy lacked memory for.
 
     Returns:
-        An error that names the operation and the ways out, or None where the cause is another one (out of
-        memory, a bug of the model's own): that one is the user's to see unchanged.
+        An error that names the operation and the ways out, or None where the cause is another one (a bug of the model's
+        own): that one is the user's to see unchanged.
     """
     text = str(error)
+    if out_of_memory(error):
+        return CurvatureError(
+            f"the curvature pass ran out of memory ({text.splitlines()[0] if text else type(error).__name__}). Use "
+            'smaller micro-batches; or hvp="finite_difference" with opt.step(closure), which needs room for a copy of '
+            "the weights and of the gradients, and none for a second derivative"
+        )
+    if not isinstance(error, RuntimeError):
+        return None
     fallback = (
         'or measure by finite differences, which need no second derivative: hvp="finite_difference" with '
         "opt.step(closure), the closure being PyTorch's usual one (zero_grad, loss, backward, return loss)"

@@ -133,6 +133,11 @@ class Measurement(NamedTuple):
     replicas: ProcessGroup | None = None
     failure: Exception | None = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other process has a part in it."""
+        return self.replicas is None and all(probe.bucket.mesh is None for probe in self.probes)
+
 
 def draw_signs(seed: int, step: int, count: int) -> list[float]:
     """Draw ±1 for each layer, a function of seed and step alone.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from lwas_fast.interrupts import open_to_interrupts
 from lwas_fast.measure.probes import Probe, Products, passes, power_of_two, reach, shares
 
 
@@ -61,7 +62,8 @@ def _products(
     if not live:
         return [None] * len(params)
     outputs, weights = zip(*live, strict=True)
-    return list(torch.autograd.grad(outputs, params, weights, retain_graph=keep, allow_unused=True))
+    with open_to_interrupts():
+        return list(torch.autograd.grad(outputs, params, weights, retain_graph=keep, allow_unused=True))
 
 
 # Under a loss scale, directions are taken as long as this share of the weights. The products are then changes of the

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lwas_fast.errors import CurvatureError
+from lwas_fast.interrupts import open_to_interrupts, whole
 from lwas_fast.measure.differences import Replay
 from lwas_fast.measure.probes import Subject
 from lwas_fast.measure.routes import Passing, Seen, again, bare, reduced_together, scale_of, talking_to, unscaled
@@ -98,7 +99,8 @@ def replayed(now: Callable[[], Subject], seen: Seen, call: Call) -> Passing:
     if not agree(processes, works=True):
         return Passing(CurvatureError("another process could not measure, and says why"), False)
     # From the outputs on, for the graph before them is not needed again, and that of the loss is.
-    torch.autograd.backward(outputs, [slope.detach() for slope in slopes])
+    with open_to_interrupts():
+        torch.autograd.backward(outputs, [slope.detach() for slope in slopes])
     try:
         accumulates = bool(start) or subject.window.micro_batches > 0
         once_more, dtype = _second_call(call, places, slopes), call.computed_in
@@ -158,14 +160,14 @@ def _second_call(call: Call, places: Sequence[int], slopes: Sequence[Tensor]) ->
     outputs, hooks = [call.outputs[i] for i in places], [call.hooks[i] for i in places]
 
     def once_more() -> None:
-        with call.as_it_was():
+        with whole(), call.as_it_was(), open_to_interrupts():
             found = with_graph(call.module(*call.args, **call.kwargs))
         new = [found[i] for i in places]
         live = [n for n, slope in enumerate(slopes) if slope.requires_grad]
         change: Sequence[Tensor | None] = [None] * len(slopes)
         if live:
             curved, moved = [slopes[n] for n in live], [(new[n] - outputs[n]).detach() for n in live]
-            with unhooked([*outputs, *marked()]):
+            with whole(), unhooked([*outputs, *marked()]), open_to_interrupts():
                 change = torch.autograd.grad(curved, outputs, moved, retain_graph=True, allow_unused=True)
         by_new = [s.detach() if more is None else s.detach() + more for s, more in zip(slopes, change, strict=True)]
         torch.autograd.backward(new, list(map(_hooked, outputs, hooks, by_new)))

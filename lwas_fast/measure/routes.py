@@ -11,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lwas_fast import shards
 from lwas_fast.errors import CurvatureError
+from lwas_fast.interrupts import open_to_interrupts
 from lwas_fast.layers import check_dense
-from lwas_fast.measure.differences import Replay, by_differences, gradients_alone
-from lwas_fast.measure.explain import explain
+from lwas_fast.measure.differences import First, Replay, by_differences, gradients_alone
+from lwas_fast.measure.explain import explain, out_of_memory
 from lwas_fast.measure.probes import Measurement, Subject, Window, blank_probes, make_probes
 from lwas_fast.measure.products import by_autograd, leaves_of, refuse_cut_graph
 from lwas_fast.measure.watch import marked, unhooked
@@ -41,8 +42,10 @@ def backward(
     measures: bool,
     scaler: Any,
     ddp: DistributedDataParallel | None,
-) -> tuple[Tensor, Measurement | None]:
+) -> tuple[Tensor, Measurement | Exception | None]:
     """Do what `LayerwiseOptimizer.backward` says; return the loss, detached, and what was found.
+
+    That is an exception where memory was all that it lacked: gradients are there, as ever.
 
     `now` gives what is measured. It is asked once the loss is there, for a callable may clear gradients, add groups or
     load a state.
@@ -56,22 +59,22 @@ def backward(
         )
 
     def forward() -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
+        with torch.enable_grad(), open_to_interrupts():
             value = loss() if evaluates else loss  # type: ignore[operator]
             value = _scalar(value, "what the closure returns" if evaluates else "the argument of opt.backward()")
             return value, value if scaler is None else scaler.scale(value)
 
-    found = None
+    found: Measurement | Exception | None = None
     if not measures:
         value, scaled = forward()
-        scaled.backward()  # type: ignore[no-untyped-call]
+        _backward(scaled)
     elif differences:
         value, found = _differences_of(now, forward, scaler)
     else:
         value, scaled = forward()
-        subject = now()
-        _check_autograd(subject, ddp)
-        found = _autograd(subject, value, scaled, scale_of(value, scaler, subject.window), ddp)
+        found, accumulated = in_passing(now, Seen(scaled, scaler, ddp, keep=False), value, forgives=out_of_memory)
+        if not accumulated:
+            _backward(scaled)
     return value.detach(), found
 
 
@@ -84,6 +87,11 @@ def scale_of(loss: Tensor, scaler: Any, window: Window) -> Tensor | float:
 def unscaled(loss: Tensor, scale: Tensor | float, window: Window) -> Tensor:
     """A loss without its loss scale, by what `scale_of` gave for it."""
     return loss * (scale / (window.micro_batches + 1)) if isinstance(scale, Tensor) else loss
+
+
+def _backward(loss: Tensor) -> None:
+    with open_to_interrupts():
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _accumulate(graph: dict[Tensor, Tensor]) -> None:
@@ -105,7 +113,8 @@ def _differentiate(loss: Tensor) -> dict[Tensor, Tensor]:
     """The gradients of a loss by its leaves, with their graph; the loss's own is kept."""
     leaves = leaves_of(loss)
     refuse_cut_graph([loss])
-    found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    with open_to_interrupts():
+        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
     return {leaf: g for leaf, g in zip(leaves, found, strict=True) if g is not None}
 
 
@@ -162,25 +171,6 @@ def _check_autograd(subject: Subject, ddp: DistributedDataParallel | None) -> No
     parallel.check(ddp)
 
 
-def _autograd(
-    subject: Subject, value: Tensor, loss: Tensor, scale: Tensor | float, ddp: DistributedDataParallel | None
-) -> Measurement:
-    """Gradient and curvature from one graph, of `loss`, which is `value` times a loss scale.
-
-    Gradients are accumulated as ``loss.backward()`` would.
-    """
-    try:
-        graph = _differentiate(loss)
-        found = _measure(subject, graph, value, scale, ddp)
-    except RuntimeError as error:
-        if (explained := explain(error)) is not None:
-            raise explained from error
-        raise
-    if ddp is None:
-        _accumulate(graph)
-    return found
-
-
 class Seen(NamedTuple):
     """A loss that somebody is about to call ``backward()`` on.
 
@@ -198,7 +188,7 @@ class Seen(NamedTuple):
 
 
 class Passing(NamedTuple):
-    """What came of measuring in passing, at a ``loss.backward()`` that is not ours.
+    """What came of measuring a loss on its way back.
 
     Attributes:
         found: The measurement, or why there is none.
@@ -209,10 +199,16 @@ class Passing(NamedTuple):
     accumulated: bool
 
 
-def in_passing(now: Callable[[], Subject], seen: Seen) -> Passing:
-    """Measure a loss on its own graph; whatever fails, its ``backward()`` can go on.
+def in_passing(
+    now: Callable[[], Subject],
+    seen: Seen,
+    value: Tensor | None = None,
+    forgives: Callable[[Exception], bool] = lambda _: True,
+) -> Passing:
+    """Measure a loss on its own graph; whatever fails and is forgiven, its ``backward()`` can go on.
 
-    Unless the graph is kept, gradients are accumulated here, which spares another pass. `now` gives what is measured.
+    Unless the graph is kept, gradients are accumulated here, which spares another pass. `now` gives what is measured,
+    `value` the loss without its loss scale, if that is known. What is not forgiven is raised, with nothing changed.
     """
     loss, scaler, ddp, keep = seen
     graph: dict[Tensor, Tensor] = {}
@@ -227,17 +223,22 @@ def in_passing(now: Callable[[], Subject], seen: Seen) -> Passing:
             )
         graph = _differentiate(loss)
         scale = scale_of(loss, scaler, subject.window)
-        value = unscaled(loss.detach(), scale, subject.window)
+        value = unscaled(loss.detach(), scale, subject.window) if value is None else value
         found: Measurement | Exception = _measure(subject, graph, value, scale, ddp, keep, handed_over)
-    except Exception as error:  # out of memory, say: the user's backward is not to fail for our sake
-        found = (explain(error) if isinstance(error, RuntimeError) else None) or error
+    except Exception as error:  # a backward that is not ours is not to fail for our sake
+        explained = explain(error)
+        if not forgives(error):
+            if explained is None:
+                raise
+            raise explained from error
+        found = explained or error
         bare(error)
     accumulated = bool(graph if ddp is None else handed_over) and not keep
     if accumulated and ddp is None:
         _accumulate(graph)
     if ddp is not None and not keep and isinstance(found, Exception):  # with `keep`, on all replicas alike
         if not accumulated:
-            loss.backward()  # type: ignore[no-untyped-call]
+            _backward(loss)
         return Passing(failed_measurement(now(), loss, ddp.process_group, found), True)
     return Passing(found, accumulated)
 
@@ -255,7 +256,7 @@ def failed_measurement(subject: Subject, loss: Tensor, replicas: ProcessGroup, f
 
 def _differences_of(
     now: Callable[[], Subject], forward: Callable[[], tuple[Tensor, Tensor]], scaler: Any
-) -> tuple[Tensor, Measurement]:
+) -> tuple[Tensor, Measurement | Exception]:
     subject = now()
     if subject.window.micro_batches > 0:
         parallel.refuse_accumulation()
@@ -264,7 +265,7 @@ def _differences_of(
 
     def evaluate_once() -> Tensor:
         value, scaled = forward()
-        scaled.backward()  # type: ignore[no-untyped-call]
+        _backward(scaled)
         return value
 
     earlier = [p.grad for p in params]
@@ -311,7 +312,7 @@ def _joint(subject: Subject, loss: Tensor, ddp: DistributedDataParallel | None) 
 
 def evaluate(closure: Callable[[], Tensor | None]) -> Tensor | None:
     """Call a `step` closure and return the loss that it returns, or None; TypeError if that is something else."""
-    with torch.enable_grad():
+    with torch.enable_grad(), open_to_interrupts():
         value = closure()
     if value is not None and not isinstance(value, Tensor):
         raise TypeError(f"the closure of opt.step() must return the loss as a tensor, not {type(value).__name__}")
@@ -328,8 +329,11 @@ def again(
     accumulated: bool = False,
     ddp: DistributedDataParallel | None = None,
     computed_in: torch.dtype | None = None,
-) -> Measurement:
+) -> Measurement | Exception:
     """Measure by differences of gradients, where a first evaluation of a closure has left its own.
+
+    If all it lacks is memory, it gives an exception that says so, and everything is as the first evaluation left it.
+    Not in a distributed run, whose other processes wait for this one's numbers: there it raises that.
 
     Args:
         subject: What is measured, and how.
@@ -342,13 +346,34 @@ def again(
         ddp: What averages the gradients, if that is known.
         computed_in: The dtype that an autocast around the model casts weights to, if that is known.
     """
+    try:
+        return _again(subject, closure, loss, replay, scale, start or {}, accumulated, ddp, computed_in)
+    except Exception as error:
+        if not out_of_memory(error) or talking_to(subject, ddp) or parallel.replicas() > 1:
+            raise
+        bare(error)
+        return explain(error) or error
+
+
+def _again(
+    subject: Subject,
+    closure: Callable[[], Tensor | None],
+    loss: Tensor,
+    replay: Replay,
+    scale: Tensor | float,
+    start: dict[Tensor, Tensor],
+    accumulated: bool,
+    ddp: DistributedDataParallel | None,
+    computed_in: torch.dtype | None,
+) -> Measurement:
+    """See `again`."""
     params = subject.layout.params
     gradients = {p: p.grad for p in params if p.grad is not None}
     check_dense(subject.layout.groups, gradients.get)
     # The loss's graph is used up but still tells which other leaves the evaluation gives gradients to.
     leaves = list(dict.fromkeys(params + leaves_of(loss)))
     with span("curvature"):
-        start, estimator, model = start or {}, subject.how["curvature"], subject.model
+        estimator, model = subject.how["curvature"], subject.model
         own = None
         # A closure may have cleared shards' gradients in place, which leaves no trace on them.
         apart = accumulated and (reduced_together(subject, ddp) or bool(start and _meshes(subject)))
@@ -360,8 +385,11 @@ def again(
         # As in `_measure`: of a window that was counted the descent is that of all its gradients.
         part = own if subject.window.micro_batches == 0 else None
         probes = make_probes(subject, gradients, of_gradients, scale, _joint(subject, loss, ddp), part)
+        # What other processes have in the gradients, this one's loss does not tell.
+        of_loss = scale / (subject.window.micro_batches + 1) if isinstance(scale, Tensor) else 1.0
+        first = None if parallel.replicas() > 1 or talking_to(subject, ddp) else First(loss, of_loss)
         base, computed_in = own if apart else None, computed_in or shards.computed_in(model)
         products = by_differences(
-            probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base, computed_in
+            probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base, computed_in, first
         )
     return Measurement(subject.due, probes, products)

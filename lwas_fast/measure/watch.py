@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lwas_fast.interrupts import open_to_interrupts, whole
 from lwas_fast.measure.products import leaves_of
 
 
@@ -164,6 +165,11 @@ def _backward(
     create_graph: bool = False,
     inputs: Any = None,
 ) -> None:
+    with whole():
+        _see(loss, gradient, retain_graph, create_graph, inputs)
+
+
+def _see(loss: Tensor, gradient: Tensor | None, retain_graph: bool | None, create_graph: bool, inputs: Any) -> None:
     scaler, wanting = getattr(loss, "scaler", None), []
     released(loss)
     if gradient is None and inputs is None and not create_graph and loss.numel() == 1:
@@ -176,4 +182,5 @@ def _backward(
             keep = bool(retain_graph) or position < len(wanting) - 1
             if watcher.see(loss, scaler, keep):
                 return
-        loss.backward(gradient, retain_graph, create_graph, inputs)  # type: ignore[no-untyped-call]
+        with open_to_interrupts():
+            loss.backward(gradient, retain_graph, create_graph, inputs)  # type: ignore[no-untyped-call]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _CLOSURE = "or make the optimizer with the model and call loss.backward(), or use opt.step(closure)"
 
 
-def _replicas(group: ProcessGroup | None = None) -> int:
+def replicas(group: ProcessGroup | None = None) -> int:
+    """How many processes there are, of a group or in all."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size(group) if there else 1
 
@@ -35,7 +36,7 @@ def check(ddp: DistributedDataParallel | None) -> None:
         CurvatureError: A distributed run without `ddp`, or DDP in a mode that does not work.
     """
     if ddp is None:
-        if _replicas() > 1:
+        if replicas() > 1:
             raise CurvatureError(
                 "in a distributed run opt.backward must know what averages the gradients: write "
                 f"opt.backward(loss, ddp=model), with model the DistributedDataParallel, {_CLOSURE}"
@@ -78,7 +79,7 @@ def refuse_accumulation() -> None:
     Raises:
         CurvatureError: A distributed run.
     """
-    if _replicas() > 1:
+    if replicas() > 1:
         raise CurvatureError(
             'in a distributed run hvp="finite_difference" cannot measure with accumulated gradients: use '
             'hvp="autograd", or accumulate within the closure of opt.step(closure)'
@@ -101,9 +102,9 @@ def accumulate(graph: dict[Tensor, Tensor]) -> None:
 
 def average_loss(loss: Tensor, group: ProcessGroup | None) -> Tensor:
     """A loss, in a distributed run averaged over a group, or over all processes, which then take this step together."""
-    return loss if _replicas(group) == 1 else average([loss], group)[0]
+    return loss if replicas(group) == 1 else average([loss], group)[0]
 
 
 def average(values: Sequence[Tensor], group: ProcessGroup | None) -> list[Tensor]:
     """Average tensors over the replicas, in one message."""
-    return [total / _replicas(group) for total in summed(values, [group])]
+    return [total / replicas(group) for total in summed(values, [group])]

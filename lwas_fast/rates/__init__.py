@@ -8,6 +8,17 @@ statistics, `Measured`, are entered by the optimizer's next step.
 from lwas_fast.rates.closed_form import current
 from lwas_fast.rates.launch import Plans
 from lwas_fast.rates.refresh import Measured, Outcome, of_this_step, refreshed, take_in
-from lwas_fast.rates.when import is_due, overdue
+from lwas_fast.rates.when import is_due, overdue, postpone
 
-__all__ = ["Measured", "Outcome", "Plans", "current", "is_due", "of_this_step", "overdue", "refreshed", "take_in"]
+__all__ = [
+    "Measured",
+    "Outcome",
+    "Plans",
+    "current",
+    "is_due",
+    "of_this_step",
+    "overdue",
+    "postpone",
+    "refreshed",
+    "take_in",
+]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lwas_fast.layers import Bucket, Groups, Layout
-from lwas_fast.measure import Measurement, Probe, Vectors, squared_lengths
+from lwas_fast.measure import Measurement, Probe, Vectors, explain, out_of_memory, squared_lengths
 from lwas_fast.parallel import ddp
 from lwas_fast.profiling import span
 from lwas_fast.rates import launch, when
@@ -55,14 +55,20 @@ class Measured(NamedTuple):
 
 
 @torch.no_grad()
-def refreshed(measurement: Measurement, groups: Groups, plans: launch.Plans) -> Measured | None:
+def refreshed(measurement: Measurement, groups: Groups, plans: launch.Plans) -> Measured | Exception | None:
     """Work out what the statistics of the layers are to become; nothing is changed but `plans`.
 
+    An exception if that takes more memory than there is, and no other process waits for this one's numbers.
     None if this process could not measure, nor could any of its replicas. If some could, no layer has a number.
     """
     probes = measurement.probes
-    with span("rates"):
-        found = _found(measurement, [groups[probe.bucket.group] for probe in probes], plans)
+    try:
+        with span("rates"):
+            found = _found(measurement, [groups[probe.bucket.group] for probe in probes], plans)
+    except Exception as error:
+        if not out_of_memory(error) or not measurement.alone:
+            raise
+        return explain(error) or error
     if found is None:
         return None
     sums, rows = found
@@ -174,10 +180,9 @@ def _found(
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
     """For each probe its sums and new rows; `groups` has its hyperparameters. None: see `refreshed`."""
     probes, replicas = measurement.probes, measurement.replicas
-    alone = replicas is None and all(probe.bucket.mesh is None for probe in probes)
     served = [launch.serves(group, probe) for probe, group in zip(probes, groups, strict=True)]
     # Promises of all layers are added up: one launch does so itself, of several and of several processes come sums.
-    if alone and all(served) and len(set(map(launch.launch_key, probes))) == 1:
+    if measurement.alone and all(served) and len(set(map(launch.launch_key, probes))) == 1:
         return launch.launch(probes, measurement.products, groups, plans)
     if measurement.failure is None:
         sums = _sums(measurement, groups, plans, served)

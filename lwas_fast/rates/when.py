@@ -58,6 +58,12 @@ def retry(group: dict[str, Any], lost: list[str]) -> list[str]:
     return [name for name in lost if group["tries"][name] == TRIES]
 
 
+def postpone(groups: list[dict[str, Any]]) -> None:
+    """Measure groups that are due an interval from now; their rates stay as they are."""
+    for group in filter(is_due, groups):
+        group["next_refresh"] = group["steps"] + interval(group)
+
+
 def schedule(group: dict[str, Any], measured: bool) -> None:
     """Note that a group was measured; or that nothing of it had a gradient, so that its next step tries again."""
     if measured:

@@ -11,7 +11,7 @@ window grows with the run are polynomial-decay averages (Shamir & Zhang, ICML 20
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,27 +58,39 @@ def check_state(layout: Layout, rule: Rule, group: dict[str, Any], param: Tensor
 
 
 @torch.no_grad()
-def swap(groups: Groups, state: State, rule: Rule, training: bool) -> None:
-    """Put the weights to train on, or their average, into the parameters of schedule-free groups.
+def swap(groups: Groups, state: State, rule: Rule, training: Sequence[bool]) -> None:
+    """Put the weights to train on, or their average, into the parameters of schedule-free groups; a bool for each.
 
     They hold one of the two already; each group's ``train_mode`` says which. The weights to train on come back to the
-    last bit: the state has those that rounding would lose meanwhile (see `rounded`).
+    last bit: the state has those that rounding would lose meanwhile (see `rounded`). Should memory run out, what was
+    changed until then is changed back.
     """
-    for group in groups:
-        if group["train_mode"] != training:
-            for param in group["params"]:
-                if "offset" not in (of_param := state.get(param, {})):
-                    continue
-                here, of_here = local(param), local_state(of_param, of_param)
-                if training:
-                    here.copy_(_trained(rule, group, of_here, here))
-                    forget_rounding(of_param)
-                else:
-                    average = _average(rule, group, of_here, here)
-                    forget_rounding(of_param)
-                    of_param |= rounded(rule, group, of_here, here, average)
-                    here.copy_(average)
-        group["train_mode"] = training
+    changed: list[tuple[dict[str, Any], Tensor, bool]] = []
+    try:
+        for group, mode in zip(groups, training, strict=True):
+            for param in group["params"] if group["train_mode"] != mode else ():
+                if "offset" in state.get(param, {}):
+                    _swap(rule, group, state[param], param, mode)
+                    changed.append((group, param, mode))
+    except BaseException:
+        for group, param, mode in reversed(changed):
+            _swap(rule, group, state[param], param, not mode)
+        raise
+    for group, mode in zip(groups, training, strict=True):
+        group["train_mode"] = mode
+
+
+def _swap(rule: Rule, group: dict[str, Any], of_param: dict[str, Any], param: Tensor, training: bool) -> None:
+    here, of_here = local(param), local_state(of_param, of_param)
+    if training:
+        here.copy_(_trained(rule, group, of_here, here))
+        forget_rounding(of_param)
+        return
+    average = _average(rule, group, of_here, here)
+    lost = rounded(rule, group, of_here, here, average)
+    here.copy_(average)
+    forget_rounding(of_param)
+    of_param |= lost
 
 
 def _moved(param: Tensor, offset: Tensor, by: float) -> Tensor:

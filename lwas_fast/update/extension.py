@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lwas_fast.interrupts import open_to_interrupts
 from lwas_fast.layers import FUSED_DTYPES, Bucket
 from lwas_fast.options import wants_plain
 from lwas_fast.rule import Rule
@@ -56,7 +57,7 @@ _TRYING = threading.Lock()
 def at_first_use(device: str) -> None:
     """Load what an earlier first use built for a type of device, or build it now. `TRIED` notes what became of it."""
     global EXTENSION, BUILD, WITHOUT_CUDA
-    with _TRYING:
+    with open_to_interrupts(), _TRYING:
         if EXTENSION is not None or device in TRIED:
             return
         useless = False
