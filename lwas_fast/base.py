@@ -73,6 +73,17 @@ class WithLayers(Optimizer):
             self._now.layout = Layout(self.param_groups, self.state, self.rule.buffers)
         return self._now.layout
 
+    def _fitting_layout(self) -> Layout:
+        """The layout, after somebody may have cast parameters."""
+        if not self._layout.fits():
+            self._recast()
+        return self._layout
+
+    def _recast(self) -> None:
+        self._layout.recast()
+        self._forget_layout()
+        self._now.measured = None
+
     def rates(self) -> dict[str, float]:
         """Each layer's present rate, as measured (`diagnostics` tells what was applied: after gain, cap, `lr`, ramp).
 

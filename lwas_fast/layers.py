@@ -191,6 +191,7 @@ class Layout:
                     f"{len(group['params'])}: somebody put others there, as DeepSpeed's ZeRO does. Use fully_shard"
                 )
         self._params = [list(group["params"]) for group in groups]
+        self._dtypes = [param.dtype for params in self._params for param in params]
         # What took part in the last step, and all entries of `state` then: to look each up costs more than a step.
         self._states: dict[Selection, list[dict[str, Any]]] = {}
         self._entries: tuple[list[Tensor], list[dict[str, Any]]] = ([], [])
@@ -212,6 +213,37 @@ class Layout:
             return False
         pairs = zip(self._params, (group["params"] for group in groups), strict=True)
         return all(len(known) == len(now) and all(map(is_, known, now)) for known, now in pairs)
+
+    def fits(self) -> bool:
+        """Whether the parameters have the dtypes that they were laid out with."""
+        return self._dtypes == [param.dtype for params in self._params for param in params]
+
+    def _buffers(self) -> Iterator[tuple[dict[str, Any], int, Tensor, str]]:
+        for group in self.groups:
+            for i, param in enumerate(group["params"]):
+                entry = self.state.get(param, {})
+                yield from ((group, i, param, name) for name in self._buffers_of(group) if name in entry)
+
+    def check_shapes(self) -> None:
+        """Refuse states of other shapes than their parameters'.
+
+        Raises:
+            ValueError: Names the parameter.
+        """
+        for group, i, param, name in self._buffers():
+            if (shape := self.state[param][name].shape) != param.shape:
+                raise ValueError(
+                    f"parameter {parameter_name(group, i)} had shape {tuple(shape)} when it took its last step, and "
+                    f"now has {tuple(param.shape)}: put a new nn.Parameter into the model and into opt.param_groups, or "
+                    "drop its entry of opt.state"
+                )
+
+    def recast(self) -> None:
+        """Have states follow parameters that somebody cast or moved in mid-training; then lay out anew."""
+        self.check_shapes()
+        for _, _, param, name in self._buffers():
+            entry = self.state[param]
+            entry[name] = entry[name].to(param.device, state_dtype(param))
 
     @cached_property
     def home(self) -> dict[Tensor, dict[str, Any]]:

@@ -101,7 +101,9 @@ class LayerwiseOptimizer(WithAverage):
 
     def _subject(self) -> measure.Subject:
         due = [number for number, group in enumerate(self.param_groups) if rates.is_due(group)]
-        return measure.Subject(self._layout, self.rule, self._how, due, self._now.window, self._model())
+        layout = self._fitting_layout()
+        layout.check_shapes()
+        return measure.Subject(layout, self.rule, self._how, due, self._now.window, self._model())
 
     def backward(
         self,
@@ -228,7 +230,7 @@ class LayerwiseOptimizer(WithAverage):
         return value
 
     def _update(self) -> None:
-        layout = self._layout  # once, for it is looked through for parameters that somebody replaced
+        layout = self._fitting_layout()  # once, for it is looked through for parameters that somebody replaced
         following = self._now.following
         if following is not None and following.due and following.params.isdisjoint(layout.home):
             self._follow_again()
@@ -247,7 +249,11 @@ class LayerwiseOptimizer(WithAverage):
             self._now.outcome = rates.take_in(measured, self.param_groups, scaling.found_inf)
             self._now.patience, self._now.failure = 1, None
             self._now.micro_batches = self._now.window.micro_batches
-        update.run(layout, self.rule, parts, scaling)
+        try:
+            update.run(layout, self.rule, parts, scaling)
+        except (TypeError, ValueError, RuntimeError):
+            self._recast()  # which names the parameter where a shape is the cause
+            raise
         self._close_window()
         if self._now.following is not None:  # perhaps another than before
             self._now.following.after_step(any(map(rates.is_due, self.param_groups)), self._now.outcome is not None)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from whole import CASES, Run, equal, interrupted, points_of
+from whole import CASES, EACH_CASE, QUICK, Run, equal, interrupted, points_of
 
 from lwas_fast import interrupts
 
@@ -60,7 +60,7 @@ def try_points(row: Any, case: str, call: str, every: int, first: int = 0) -> No
     points = points_of(lambda: CALLS[call][1](done))
     after = done.snapshot()
     from_before, from_after = goes_on(prepared(case, call)), goes_on(done)
-    for point in range(first % every, points, every):
+    for point in range(first % min(every, points), points, every):
         run = prepared(case, call)
         stopped, where = interrupted(lambda run=run: CALLS[call][1](run), point)
         here = f"{case}, {call}, point {point} of {points}, {where}"
@@ -76,16 +76,9 @@ def try_points(row: Any, case: str, call: str, every: int, first: int = 0) -> No
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("case", ["sgd-momentum-plain", "adamw-defaults-followed", "adamw-defaults"])
-def test_interrupt_at_some_points(tally, case, call):
+@EACH_CASE
+def test_interrupts(tally, case, call):
     with tally("Ctrl-C at any point: whole, grad mode and handlers as they were, training goes on bit for bit") as row:
         # Other points for each.
-        try_points(row, case, call, every=173, first=37 * list(CALLS).index(call) + 101 * list(CASES).index(case))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("case", CASES)
-def test_interrupt_at_every_point(tally, case, call):
-    with tally("Ctrl-C at any point: whole, grad mode and handlers as they were, training goes on bit for bit") as row:
-        try_points(row, case, call, every=3)
+        first = 37 * list(CALLS).index(call) + 101 * list(CASES).index(case)
+        try_points(row, case, call, every=307 if case in QUICK else 29, first=first)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import pytest
 import torch
 from cases import MODES, OPTIMIZERS, rows_of
 from torch import Tensor, nn
@@ -33,13 +34,19 @@ CASES = {
     for followed in (False, True)
 }
 
+QUICK = ("sgd-momentum-plain", "sgd-defaults-followed", "adamw-defaults")
+# The rest takes minutes.
+EACH_CASE = pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+)
+
 
 class Run:
     """A small network, its optimizer after a few steps, and a batch for the step that something happens in."""
 
     def __init__(self, kind: str, options: dict[str, Any], followed: bool, steps: int = 3):
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+        self.model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
         self.opt = OPTIMIZERS[kind](self.model if followed else self.model.parameters(), **options)
         self.followed = followed
         made = torch.Generator().manual_seed(1)
