@@ -234,8 +234,8 @@ class Layout:
             if (shape := self.state[param][name].shape) != param.shape:
                 raise ValueError(
                     f"parameter {parameter_name(group, i)} had shape {tuple(shape)} when it took its last step, and "
-                    f"now has {tuple(param.shape)}: put a new nn.Parameter into the model and into opt.param_groups, or "
-                    "drop its entry of opt.state"
+                    f"now has {tuple(param.shape)}: put a new nn.Parameter into the model and into opt.param_groups, "
+                    "or drop its entry of opt.state"
                 )
 
     def recast(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -76,6 +77,8 @@ def out_of_memory_in_a_pass(row: Any, case: str, route: str, every: int) -> None
     for run, raised, said, operation in points(start, measured, torch.OutOfMemoryError, every):
         here = f"{case}, {route}, operation {operation}"
         if raised is not None:  # the user's own, or there is no room for the gradients: nothing but these was touched
+            names = {frame.name for frame in traceback.extract_tb(raised.__traceback__)}
+            row.held("again" not in names if route == "closure" else "_accumulate" in names, f"{here}: {names}")
             run.step()
             row.held(not run.opt.curvature_due or run.opt.measured_by is not None, f"{here}: no measurement after it")
             continue
