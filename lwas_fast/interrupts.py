@@ -22,11 +22,11 @@ _NUMBERS = [
     if (number := getattr(signal, name, None)) is not None
 ]
 _waiting: dict[int, Any] = {}  # the handlers that wait; Python calls handlers in the main thread only
-_came: list[int] = []
+_came: list[tuple[int, FrameType | None]] = []
 
 
-def _note(number: int, _: FrameType | None) -> None:
-    _came.append(number)
+def _note(number: int, frame: FrameType | None) -> None:
+    _came.append((number, frame))
 
 
 def _hold() -> None:
@@ -49,7 +49,11 @@ def _let_go() -> None:
                 _signal.signal(number, _waiting[number])
             del _waiting[number]
         while _came:
-            _signal.raise_signal(_came.pop(0))
+            number, frame = _came.pop(0)
+            if callable(handler := _signal.getsignal(number)):
+                handler(number, frame)
+            else:  # it was set inside
+                _signal.raise_signal(number)
     finally:  # a handler raised: the others are to be back, too, and called
         if _waiting or _came:
             _let_go()
