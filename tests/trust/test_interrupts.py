@@ -8,7 +8,7 @@ Catches: a step taken by half, weights left displaced, a grad mode, a handler or
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -34,6 +34,14 @@ CALLS: dict[str, tuple[Callable[[Run], object], Callable[[Run], object]]] = {
     "state_dict": (lambda run: run.due(True), lambda run: run.opt.state_dict()),
     "load_state_dict": (lambda run: run.due(True), lambda run: run.opt.load_state_dict(run.saved)),
 }
+
+
+@pytest.fixture(autouse=True)
+def handled() -> Iterator[None]:
+    """Python's own handler: a process that a shell put into the background ignores the signal."""
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, kept)
 
 
 def prepared(case: str, call: str) -> Run:
