@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lwas_fast import groups, measure, options, rates, shards, state, update, wrappers
+from lwas_fast import fits, groups, measure, options, rates, shards, state, update, wrappers
 from lwas_fast.base import Now
 from lwas_fast.layers import Grouping
 from lwas_fast.parallel import ddp as replicas
@@ -341,7 +341,7 @@ class LayerwiseOptimizer(WithAverage):
         lost: list[str] = []
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            state.check(self.rule, self.param_groups, loaded)
+            fits.check(self.rule, self.param_groups, loaded)
             self._now.loading = loaded
             lost.extend(state.lost_options(loaded))
 
