@@ -182,7 +182,7 @@ class LayerwiseOptimizer(WithAverage):
             if not isinstance(found, Exception):
                 self._take(found, "loss.backward" if call is None else "replay")
             if failure is not None and self._now.measured is None and can_replay and not following.replays:
-                following.replays = True  # the next step is due
+                following.replays = following.failed = True  # the next step is due
             elif failure is not None:
                 self._say(failure)
         self._now.window.micro_batches, self._now.window.held_back = number, held_back

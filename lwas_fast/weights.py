@@ -146,11 +146,25 @@ class WithAverage(WithLayers):
             if any("offset" in self.state.get(param, {}) for param in mine["params"]):
                 group["samples"] = update.samples(self.rule, mine, self.state)
             group["train_mode"] = mine["train_mode"] and self._now.following is None
+            group |= self._learned()
         return saved
+
+    def _learned(self) -> dict[str, Any]:
+        """What was found out about model and loop: without it a resumed run would measure at other steps."""
+        failed = self._now.following is not None and self._now.following.failed
+        found: dict[str, Any] = {"replays": True} if failed else {}
+        return found | ({"micro_batches": self._now.micro_batches} if self._now.micro_batches > 1 else {})
+
+    def _learn(self) -> None:
+        for group in self.param_groups:
+            self._now.micro_batches = group.pop("micro_batches", 0)
+            if group.pop("replays", False) and self._now.following is not None:
+                self._now.following.replays = self._now.following.failed = True
 
     def _recognise(self) -> None:
         """After loading: find out which weights the model holds, if it was loaded before; else `_place` does so."""
         meant = [group["train_mode"] for group in self.param_groups]
+        self._learn()
         for group in self.param_groups:
             if any(shards.mesh_of(param) is not None for param in group["params"]):
                 group.pop("samples", None)  # of one that was not sharded
