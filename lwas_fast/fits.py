@@ -128,10 +128,12 @@ def _are_samples(known: Any) -> bool:
 
 def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], entry: Any) -> None:
     buffers = rule.buffers({"schedule_free": False, **theirs})  # of a version that knew nothing else
-    if missing := {"step", "layer", *buffers} - set(entry if isinstance(entry, Mapping) else ()):
+    entry = entry if isinstance(entry, Mapping) else {}
+    places, kept = ROUNDED
+    both = ROUNDED if places in entry or kept in entry else ()
+    if missing := {"step", "layer", *buffers, *both} - set(entry):
         what = sorted(missing)[0]
         raise ValueError(f"the saved state of parameter {name} lacks {what!r}: it is not of {rule.name}")
-    places, kept = ROUNDED
     for what in ("step", "layer", *buffers, *(one for one in (places, kept, TRAINED) if one in entry)):
         value, allowed = entry[what], "integers" if what == places else "floating-point numbers"
         if not isinstance(value, Tensor) or (value.dtype == torch.int64, value.is_floating_point()) != (
@@ -149,9 +151,8 @@ def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], e
             )
     columns = columns_of(theirs)
     shapes = {what: tuple(param.shape) for what in (*buffers, TRAINED)} | {"layer": (len(columns),), "step": ()}
-    if places in entry or kept in entry:
-        count = (entry[places].numel(),) if places in entry else (0,)
-        shapes |= {places: count, kept: count}
+    if both:
+        shapes |= {places: (entry[places].numel(),), kept: (entry[places].numel(),)}
     for what, shape in shapes.items():
         if what in entry and (found := tuple(entry[what].shape)) != shape:
             raise ValueError(f"the saved {what} of parameter {name} has shape {found}, but must have {shape}")
