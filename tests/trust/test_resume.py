@@ -110,6 +110,29 @@ def test_a_resumed_run_waits_for_as_many_micro_batches(kind, tally):
             row.held(same(run, whole), f"{kind}, stopped at {stop}")
 
 
+class Blank(Run):
+    """A run in which one batch has no gradient, when a measurement is due: it is to be made at the next step."""
+
+    def loss(self, k):
+        return super().loss(k) * (k != 20)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_measurement_that_found_nothing_is_tried_again(kind, tally):
+    def make():
+        return Blank(kind, torch.float32, True, {"update_every": 5})
+
+    with tally(EQUAL) as row:
+        for stop, how in itertools.product((20, 21, 22), SAVES[:2]):
+            run, whole = make(), make()
+            run.train(0, stop)
+            file, run = save(run, how), make()
+            resume(run, file, True)
+            run.train(stop, stop + 1)
+            whole.train(0, stop + 1)
+            row.held(same(run, whole), f"{kind}, stopped at {stop}, {how}")
+
+
 def started(case, tmp_path, name, **given):
     """A process that trains this case, and the file of its checkpoints."""
     kind, free, dtype, foreach, follows = case
