@@ -33,8 +33,8 @@ _GROUP: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train_mode": (lambda value: isinstance(value, bool), "True or False"),
     "share": (lambda value: value is None or (isinstance(value, float) and 0 <= value < 1), "None or less than 1"),
 }
-_OPTIONAL = {"replays": _GROUP["train_mode"], "micro_batches": _GROUP["steps"]}
-_MAY_LACK = ("last_refresh", "train_mode", "share")  # a group that has no version
+_GROUP |= {"replays": _GROUP["train_mode"], "micro_batches": _GROUP["steps"]}
+_NEEDED = ("steps", "next_refresh")  # the others are not in all states, and have defaults
 # By these a state's optimizer is known: an option that all its versions have and the other never had; torch's state.
 _OWN = ("betas", "momentum")
 _TORCHS = {"exp_avg": "Adam or AdamW", "momentum_buffer": "SGD", "square_avg": "RMSprop", "sum": "Adagrad"}
@@ -97,13 +97,13 @@ def _check_optimizer(rule: Rule, mine: Mapping[str, Any], theirs: Mapping[str, A
 
 
 def _check_group(where: str, theirs: Mapping[str, Any]) -> None:
-    for name, (can_be, allowed) in {**_GROUP, **_OPTIONAL}.items():
+    for name, (can_be, allowed) in _GROUP.items():
         if name in theirs:
             if not can_be(theirs[name]):
                 raise ValueError(
                     f"{where} has {name}={theirs[name]!r}, but must have {allowed}: load another checkpoint"
                 )
-        elif name not in _OPTIONAL and ("state_version" in theirs or name not in _MAY_LACK):
+        elif name in _NEEDED:
             raise ValueError(f"{where} lacks {name!r}, so it is not whole: load another checkpoint")
     layers, columns = theirs["layer_names"], columns_of(theirs)
     for what, names in (("layer_names", layers), ("state_columns", columns)):

@@ -105,7 +105,7 @@ class WithAverage(WithLayers):
         self._hold(training=mode)
 
     def _hold(self, training: bool) -> None:
-        self._place()
+        self._place(at_last=self._now.following is not None)  # else the model may be loaded after this
         update.swap(self.param_groups, self.state, self.rule, training)
         if any(shards.mesh_of(param) is not None for group in self.param_groups for param in group["params"]):
             shards.reshard(self._model())
@@ -135,7 +135,7 @@ class WithAverage(WithLayers):
         else beside one with the weights trained on. `load_state_dict` notices which of the two the model has.
         """
         self._hear_outcome()
-        self._place()
+        self._place(at_last=self._now.following is not None)
         self._layout.attach()
         saved = super().state_dict()
         for group, mine in zip(saved["param_groups"], self.param_groups, strict=True):
@@ -172,7 +172,7 @@ class WithAverage(WithLayers):
                 training, average = update.holds(group, self.state, known)
                 if training != average:
                     self._found_to_train(group, training)
-                elif not training and self._now.following is not None:
+                elif not training:
                     self._now.unplaced.append((group, known))
         if self._now.following is not None:
             self._note_held()

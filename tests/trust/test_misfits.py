@@ -53,7 +53,7 @@ MISFITS = {
     "newer version": (group(state_version=VERSION + 1), f"version {VERSION + 1}, .* up to {VERSION}.*newer lwas_fast"),
     "version is a word": (group(state_version="new"), "version new"),
     **{f"no {name}": (without(name), f"group 0 of the saved state lacks '{name}'.*another checkpoint")
-       for name in ("steps", "next_refresh", "last_refresh", "train_mode", "share")},
+       for name in ("steps", "next_refresh")},
     "no columns": (without("state_columns"), "layer of parameter .* has shape .*must have"),
     "no layer names": (without("layer_names"), "is not of .*no layers.*Load the model's weights"),
     "too few layer names": (lambda s: s["param_groups"][0]["layer_names"].pop(), "5 layer_names, but must have 6"),
@@ -214,3 +214,51 @@ def test_what_fits_loads(kind, tally):
             new = Run(kind, dtype, False, {"schedule_free": free})
             new.opt.load_state_dict(state)
             row.held(new.opt.param_groups[0]["name"] == "mine", f"{kind}, {free}, {dtype}")
+
+
+def trained(kind, seed, dtype=torch.float32, follows=False):
+    run = Run(kind, dtype, follows, {}, seed)
+    run.train(0, 20)
+    return run
+
+
+@pytest.mark.parametrize("follows", (True, False))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_another_run_is_told(kind, follows, tally):
+    """Shapes cannot tell these apart; the weights that are saved with the state can, whatever is loaded first."""
+    one, two = trained(kind, 0, follows=follows), trained(kind, 1, follows=follows)
+    with tally("the model of another run is told, and the average starts anew") as row:
+        for model_first in (True, False):
+            new = Run(kind, torch.float32, follows, {})
+            loads = [lambda: new.model.load_state_dict(two.model.state_dict()),  # noqa: B023
+                     lambda: new.opt.load_state_dict(copy.deepcopy(one.opt.state_dict()))]  # fmt: skip  # noqa: B023
+            for load in loads if model_first else loads[::-1]:
+                load()
+            with pytest.warns(UserWarning, match="not those that the loaded state .* average starts anew") as caught:
+                new.train(20, 23)
+            row.held(len(caught) == 1, f"{kind}, model first: {model_first}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_average_is_not_trained_on(kind, tally):
+    """The model was saved after `eval`, the optimizer before it: whatever is loaded first, nothing trains on that."""
+    run = trained(kind, 0)
+    state = copy.deepcopy(run.opt.state_dict())
+    run.opt.eval()
+    average = copy.deepcopy(run.model.state_dict())
+    run.opt.train()
+    run.train(20, 30)
+    with tally("an average that was loaded is recognised, whatever was loaded first") as row:
+        for model_first in (True, False):
+            new = Run(kind, torch.float32, False, {})
+            if model_first:
+                new.model.load_state_dict(average)
+            new.opt.load_state_dict(state)
+            if not model_first:
+                new.model.load_state_dict(average)
+                with pytest.raises(RuntimeError, match="hold the average .* call opt.train"):
+                    new.train(20, 21)
+                new.opt.train()
+            new.train(20, 30)
+            close = [torch.allclose(p, q, atol=1e-5) for p, q in zip(new.bits(), run.bits(), strict=True)]
+            row.held(all(close), f"{kind}, model first: {model_first}")
