@@ -107,7 +107,7 @@ class Watched:
                 self.noted.append({**now, "blocks": sys.getallocatedblocks(), "seconds": taken})
 
     def traced(self, steps: int) -> float:
-        """By how many bytes Python's memory grew in so many further steps; they take ten times as long."""
+        """By how many bytes Python's memory grew in so many further steps, a multiple of 200; they take long."""
         tracemalloc.start()
         found = []
         for _ in range(2):
@@ -168,7 +168,7 @@ def test_two_thousand_steps(kind, tally):
 def test_a_hundred_thousand_steps(case, tally):
     kind, free = case
     with tally(FLAT) as row:
-        watch(row, 100_000, str(case), 500, kind=kind, follows=free, schedule_free=free)
+        watch(row, 100_000, str(case), 600, kind=kind, follows=free, schedule_free=free)
 
 
 @pytest.mark.slow
@@ -176,4 +176,4 @@ def test_a_hundred_thousand_steps(case, tally):
 def test_five_thousand_refreshes(case, tally):
     kind, hvp = case
     with tally(FLAT) as row:
-        watch(row, 5000, str(case), 100, kind=kind, follows=hvp == "autograd", middling=True, update_every=1, hvp=hvp)
+        watch(row, 5000, str(case), 200, kind=kind, follows=hvp == "autograd", middling=True, update_every=1, hvp=hvp)
