@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lwas_fast import follow, measure, shards, update, wrappers
@@ -150,7 +151,12 @@ class WithAverage(WithLayers):
         return saved
 
     def _learned(self) -> dict[str, Any]:
-        """What was found out about model and loop: without it a resumed run would measure at other steps."""
+        """What was found out about model and loop: without it a resumed run would measure at other steps.
+
+        Not in a distributed run: torch.distributed.checkpoint loads no file that lacks a key which is here.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return {}
         failed = self._now.following is not None and self._now.following.failed
         found: dict[str, Any] = {"replays": True} if failed else {}
         return found | ({"micro_batches": self._now.micro_batches} if self._now.micro_batches > 1 else {})
