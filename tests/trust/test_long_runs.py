@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from trust.resume_cases import KINDS, MODES
 
 MIB = 2**20
-STATM = Path("/proc/self/statm")
+STATUS = Path("/proc/self/status")
 
 
 def resident() -> int:
-    """The process's memory in bytes; 0 where the system does not say."""
-    return int(STATM.read_text().split()[1]) * 4096 if STATM.exists() else 0
+    """The process's own memory in bytes, without pages of files, which come and go; 0 where the system does not say."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def tensors() -> int:
@@ -152,6 +153,7 @@ def watch(row, steps, label, traced=0, **case):
     row.held(not grew and not twice and run.counted(), f"{label}: {grew or twice or 'counters'}")
     ratio = run.noted[-1]["seconds"] / run.noted[0]["seconds"]
     print(f"{label}: {run.taken} steps, {run.refreshes} measurements; last tenth / second tenth: {ratio:.2f} in time")
+    print(f"{label}: {grew or twice or 'nothing grew'}")
 
 
 FLAT = "long runs: memory and collections flat, warnings once, counters exact"
