@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack, override
 
 from lwas_fast.layers import Grouping
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
 from lwas_fast.rule import Here, Moving, Rule, bias_correction, each
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LEAST_EPS = 1e-30  # less than that has no finite inverse; the least gradient whose square is not 0 is above 1e-23
 
@@ -37,12 +39,12 @@ class AdamWRule(Rule):
     max_fall = 10.0  # a flat start is made good by a few measurements
     operator = "adamw_step"
 
-    @override
     def share(self, group: dict[str, Any]) -> float:
+        """See `Rule.share`."""
         return float(group["betas"][0])
 
-    @override
     def directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
+        """See `Rule.directions`."""
         gradients, beta2 = here.gradients, group["betas"][1]
         squares = torch._foreach_mul(gradients, gradients)
         second = torch._foreach_lerp([state["exp_avg_sq"] for state in here.states], squares, 1 - beta2)
@@ -54,8 +56,8 @@ class AdamWRule(Rule):
         torch._foreach_mul_(directions, here.factors)
         return gradients, directions
 
-    @override
     def advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
+        """See `Rule.advance`."""
         beta1, beta2 = group["betas"]
         second = [state["exp_avg_sq"] for state in states]
         changed = moving.to_change(second)
@@ -73,8 +75,8 @@ class AdamWRule(Rule):
         torch._foreach_mul_(denominators, ascent)
         return denominators
 
-    @override
     def numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """See `Rule.numbers`."""
         return (*group["betas"], group["eps"], group["weight_decay"])
 
 

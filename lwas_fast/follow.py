@@ -90,6 +90,7 @@ class Following:
         pinned: Whether the model keeps the weights that it has, whatever its mode.
         restored: Whether the optimizer's state was loaded since its last step.
         replays: Whether the model has no second derivative, and is called once more instead.
+        failed: Whether that is known by a measurement that failed; it is saved, or a resumed run would try again.
     """
 
     def __init__(self, model: nn.Module, params: set[Tensor], optimizer: object, owner: dict[str, Any]):
@@ -105,7 +106,7 @@ class Following:
         self._has_norms = any(isinstance(p, _BatchNorm) and p.track_running_stats for p in root.modules())
         self._norms_seen = self._stepped = self._inside = self._in_backward = self.pinned = self.restored = False
         self.trained = self.due = True
-        self.replays = self._sharded  # what gathers shards has none
+        self.replays, self.failed = self._sharded, False  # what gathers shards has none
         self._calls: list[Call | None] = []  # of the model, since the last loss; None of one that is not needed again
         self._given: dict[int, tuple[Any, Any]] = {}  # averages that were handed out, while they live
         handles = [

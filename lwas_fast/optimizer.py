@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lwas_fast import groups, measure, options, rates, shards, state, update, wrappers
+from lwas_fast import fits, groups, measure, options, rates, shards, state, update, wrappers
 from lwas_fast.base import Now
 from lwas_fast.interrupts import whole
 from lwas_fast.layers import Grouping
@@ -184,7 +184,7 @@ class LayerwiseOptimizer(WithAverage):
                 found, accumulated = measure.in_passing(self._subject, seen)
             failure = self._take(found, "loss.backward" if call is None else "replay")
             if failure is not None and self._now.measured is None and can_replay and not following.replays:
-                following.replays = True  # the next step is due
+                following.replays = following.failed = True  # the next step is due
             elif failure is not None:
                 self._say(failure)
         self._now.window.micro_batches, self._now.window.held_back = number, held_back
@@ -359,7 +359,7 @@ class LayerwiseOptimizer(WithAverage):
         lost: list[str] = []
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            state.check(self.rule, self.param_groups, loaded)
+            fits.check(self.rule, self.param_groups, loaded)
             self._now.loading = loaded
             lost.extend(state.lost_options(loaded))
 

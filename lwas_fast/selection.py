@@ -31,8 +31,15 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 def squared_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The squared Euclidean norms (N,) of some tensors."""
+    """The squared Euclidean norms (N,) of some tensors, on a CPU the same bits for any number of threads."""
+    if tensors and tensors[0].is_cpu:  # norms of tensors with gaps, or expanded ones, are summed up by all threads
+        tensors = [t if t.is_contiguous() or _is_dense(t) else t.contiguous() for t in tensors]
     return torch.stack(torch._foreach_norm(list(tensors))).to(dtype).square()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill a block of memory, in whichever order."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack, override
 
 from lwas_fast.layers import Grouping
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
 from lwas_fast.rule import Here, Moving, Rule, bias_correction, with_decay
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SGDRule(Rule):
@@ -25,17 +27,17 @@ class SGDRule(Rule):
     decoupled = False
     operator = "sgd_step"
 
-    @override
     def share(self, group: dict[str, Any]) -> float:
+        """See `Rule.share`."""
         return float(group["momentum"])
 
-    @override
     def directions(self, group: dict[str, Any], here: Here) -> tuple[list[Tensor] | None, list[Tensor]]:
+        """See `Rule.directions`."""
         gradients = with_decay(here.gradients, here.weights, here.decays, group["weight_decay"])
         return None, list(torch._foreach_mul(gradients, here.factors))
 
-    @override
     def advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
+        """See `Rule.advance`."""
         beta = group["momentum"]
         moving.gradients = with_decay(moving.gradients, moving.weights, moving.decays, group["weight_decay"])
         if group["schedule_free"]:
@@ -46,8 +48,8 @@ class SGDRule(Rule):
         moving.factors = -1 / bias_correction(moving.steps, beta)
         return momenta
 
-    @override
     def numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """See `Rule.numbers`."""
         return (group["momentum"], group["weight_decay"])
 
 

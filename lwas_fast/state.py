@@ -1,4 +1,4 @@
-"""Saved states: labelled with a version, statistics by name, checked against the optimizer before anything changes.
+"""Saved states: labelled with a version, statistics by name. `fits.py` checks them before anything changes.
 
 A group carries ``state_version`` and ``state_columns``, the names of the numbers in each layer's row. So rows may get
 other numbers, in another order, and old states still load: what a state lacks starts at 0 (the loss at 1),
@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwas_fast.layers import Groups, parameter_name
+from lwas_fast.layers import Groups
 from lwas_fast.options import RANGES, REMOVED
-from lwas_fast.rule import Rule
 from lwas_fast.selection import state_dtype
 from lwas_fast.shards import mesh_of
 from lwas_fast.table import Column
@@ -36,58 +35,9 @@ def label() -> dict[str, Any]:
     return {"state_version": VERSION, "state_columns": list(COLUMNS)}
 
 
-def _columns_of(group: dict[str, Any]) -> list[str]:
-    return group["state_columns"] if "state_version" in group else FIRST_COLUMNS
-
-
-def _partition(names: list[str]) -> list[int]:
-    return [names.index(name) for name in names]
-
-
-def check(rule: Rule, groups: Groups, saved: dict[str, Any]) -> None:
-    """Check that what `state_dict` gave fits the groups of an optimizer of this rule.
-
-    Raises:
-        ValueError: Says what does not fit.
-    """
-    for number, (mine, theirs) in enumerate(zip(groups, saved["param_groups"], strict=False)):
-        if len(mine["params"]) != len(theirs["params"]):
-            return  # torch's own message is about to come
-        if "layer_names" not in theirs:
-            raise ValueError(f"the saved state is not of {rule.name}: its groups have no layers")
-        if (version := theirs.get("state_version", 1)) > VERSION:
-            raise ValueError(
-                f"the saved state is of version {version}, and this lwas_fast reads versions up to {VERSION}: "
-                "load it with the newer lwas_fast that saved it"
-            )
-        names = (mine["layer_names"], theirs["layer_names"])
-        for name, one, other in zip(names[0], *map(_partition, names), strict=True):
-            if one != other:
-                raise ValueError(
-                    f"the saved state has other layers in group {number}: layer {name!r} is made of other tensors "
-                    "there. Pass the layers= (and names) that the saved optimizer was made with"
-                )
-        for i, key in enumerate(theirs["params"]):
-            if entry := saved["state"].get(key):
-                _check_entry(rule, mine["params"][i], parameter_name(mine, i), theirs, entry)
-
-
-def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], entry: dict[str, Any]) -> None:
-    buffers = rule.buffers({"schedule_free": False, **theirs})  # of a version that knew nothing else
-    if missing := {"step", "layer", *buffers} - set(entry):
-        what = sorted(missing)[0]
-        raise ValueError(f"the saved state of parameter {name} lacks {what!r}: it is not of {rule.name}")
-    for buffer in buffers:
-        if (mesh_of(param) is None) != (mesh_of(entry[buffer]) is None):
-            kinds = ("whole", "sharded") if mesh_of(param) is not None else ("sharded", "whole")
-            raise ValueError(
-                f"the saved {buffer} of parameter {name} is {kinds[0]}, and the parameter is {kinds[1]}: load it with "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-            )
-    shapes = {buffer: tuple(param.shape) for buffer in buffers} | {"layer": (len(_columns_of(theirs)),)}
-    for what, shape in shapes.items():
-        if (found := tuple(entry[what].shape)) != shape:
-            raise ValueError(f"the saved {what} of parameter {name} has shape {found}, but must have {shape}")
+def columns_of(group: Mapping[str, Any]) -> list[str]:
+    """The names of the numbers in a group's rows; a group that is not whole may lack them."""
+    return group.get("state_columns", []) if "state_version" in group else FIRST_COLUMNS
 
 
 def lost_options(saved: dict[str, Any]) -> list[str]:
@@ -114,7 +64,7 @@ def fit(groups: Groups, state: MutableMapping[Tensor, dict[str, Any]], saved: di
 def upgrade(groups: Groups, state: Mapping[Tensor, dict[str, Any]], defaults: dict[str, Any]) -> None:
     """Bring groups and rows of any version to the present one, in place; options they lack are the optimizer's."""
     for group in groups:
-        columns = _columns_of(group)
+        columns = columns_of(group)
         if columns != COLUMNS:
             for param in group["params"]:
                 if "layer" in (entry := state.get(param, {})):

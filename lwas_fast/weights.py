@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lwas_fast import follow, measure, shards, update, wrappers
@@ -109,7 +110,7 @@ class WithAverage(WithLayers):
 
     def _hold(self, training: bool) -> None:
         with whole():
-            self._place()
+            self._place(at_last=self._now.following is not None)  # else the model may be loaded after this
             update.swap(self.param_groups, self.state, self.rule, [training] * len(self.param_groups))
             if any(shards.mesh_of(param) is not None for group in self.param_groups for param in group["params"]):
                 shards.reshard(self._model())
@@ -143,7 +144,7 @@ class WithAverage(WithLayers):
 
     def _saved(self) -> dict[str, Any]:
         self._hear_outcome()
-        self._place()
+        self._place(at_last=self._now.following is not None)
         self._layout.attach()
         saved = super().state_dict()
         for group, mine in zip(saved["param_groups"], self.param_groups, strict=True):
@@ -154,11 +155,30 @@ class WithAverage(WithLayers):
             if any("offset" in self.state.get(param, {}) for param in mine["params"]):
                 group["samples"] = update.samples(self.rule, mine, self.state)
             group["train_mode"] = mine["train_mode"] and self._now.following is None
+            group |= self._learned()
         return saved
+
+    def _learned(self) -> dict[str, Any]:
+        """What was found out about model and loop: without it a resumed run would measure at other steps.
+
+        Not in a distributed run: torch.distributed.checkpoint loads no file that lacks a key which is here.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return {}
+        failed = self._now.following is not None and self._now.following.failed
+        found: dict[str, Any] = {"replays": True} if failed else {}
+        return found | ({"micro_batches": self._now.micro_batches} if self._now.micro_batches > 1 else {})
+
+    def _learn(self) -> None:
+        for group in self.param_groups:
+            self._now.micro_batches = group.pop("micro_batches", 0)
+            if group.pop("replays", False) and self._now.following is not None:
+                self._now.following.replays = self._now.following.failed = True
 
     def _recognise(self) -> None:
         """After loading: find out which weights the model holds, if it was loaded before; else `_place` does so."""
         meant = [group["train_mode"] for group in self.param_groups]
+        self._learn()
         for group in self.param_groups:
             if any(shards.mesh_of(param) is not None for param in group["params"]):
                 group.pop("samples", None)  # of one that was not sharded
@@ -166,7 +186,7 @@ class WithAverage(WithLayers):
                 training, average = update.holds(group, self.state, known)
                 if training != average:
                     self._found_to_train(group, training)
-                elif not training and self._now.following is not None:
+                elif not training:
                     self._now.unplaced.append((group, known))
         if self._now.following is not None:
             self._note_held()

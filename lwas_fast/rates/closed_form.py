@@ -26,9 +26,9 @@ from lwas_fast.options import MAX_GROWTH, MOST_PROMISED
 from lwas_fast.rates.when import memory
 from lwas_fast.table import Column, Sums
 
-# On a CPU, products of so many elements stay in the cache. (BLAS's dot product would not need them, but its result
-# depends on where in memory its arguments lie.)
-_PIECE = 2**16
+# On a CPU, products of so many elements stay in the cache; and torch sums no more by one thread, so that the result is
+# the same for any number of threads. (BLAS's dot product depends on that, and on where in memory its arguments lie.)
+_PIECE = 2**15
 
 
 def _dot(direction: Tensor, other: Tensor | None) -> Tensor:
