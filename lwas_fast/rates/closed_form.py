@@ -26,8 +26,8 @@ from lwas_fast.options import MAX_GROWTH, MOST_PROMISED
 from lwas_fast.rates.when import memory
 from lwas_fast.table import Column, Sums
 
-# On a CPU, products of so many elements stay in the cache; and torch sums no more by one thread, so that the result is
-# the same for any number of threads. (BLAS's dot product depends on that, and on where in memory its arguments lie.)
+# On a CPU, products of so many elements stay in the cache, and one thread sums them up: so the result is the same for
+# any number of threads. (That of BLAS's dot product is not, and depends on where in memory its arguments lie.)
 _PIECE = 2**15
 
 
