@@ -75,8 +75,10 @@ class WithLayers(Optimizer):
 
     def _fitting_layout(self) -> Layout:
         """The layout, after somebody may have cast parameters."""
-        if not self._layout.fits():
-            self._recast()
+        layout = self._layout
+        if layout.fits():
+            return layout
+        self._recast()
         return self._layout
 
     def _recast(self) -> None:

@@ -111,6 +111,7 @@ class Bucket:
         decays: For each parameter, whether weight decay acts on it.
         steps: (N,) float32, the updates that each parameter has had.
         counts: Views of `steps`, one for each parameter.
+        dtypes: The parameters', when they were laid out.
         mesh: The ``DeviceMesh`` over which the parameters are distributed; None where they are this process's own.
         mixed: Whether its layers have tensors of which unlike numbers of processes hold the same part.
     """
@@ -126,6 +127,9 @@ class Bucket:
     mesh: Any = None
     mixed: bool = False
     _selections: dict[tuple[int, ...], Selection] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.dtypes = [param.dtype for param in self.params]
 
     def select(self, indices: Sequence[int]) -> Selection:
         """The selection of these tensors (positions in `params`), made once for each pattern."""
@@ -191,7 +195,6 @@ class Layout:
                     f"{len(group['params'])}: somebody put others there, as DeepSpeed's ZeRO does. Use fully_shard"
                 )
         self._params = [list(group["params"]) for group in groups]
-        self._dtypes = [param.dtype for params in self._params for param in params]
         # What took part in the last step, and all entries of `state` then: to look each up costs more than a step.
         self._states: dict[Selection, list[dict[str, Any]]] = {}
         self._entries: tuple[list[Tensor], list[dict[str, Any]]] = ([], [])
@@ -216,7 +219,7 @@ class Layout:
 
     def fits(self) -> bool:
         """Whether the parameters have the dtypes that they were laid out with."""
-        return self._dtypes == [param.dtype for params in self._params for param in params]
+        return all(bucket.dtypes == [param.dtype for param in bucket.params] for bucket in self.buckets)
 
     def _buffers(self) -> Iterator[tuple[dict[str, Any], int, Tensor, str]]:
         for group in self.groups:

@@ -117,7 +117,7 @@ def why_not(rule: Rule, bucket: Bucket) -> str | None:
     """Why compiled code does not serve a bucket; None where it does. At first use it is built, if it could serve."""
     if rule.operator is None:
         return f"there is none for {rule.name}"
-    dtypes = [param.dtype for param in bucket.params]
+    dtypes = bucket.dtypes
     if bucket.table.dtype != torch.float32 or not set(dtypes) <= set(FUSED_DTYPES):
         other = next((dtype for dtype in dtypes if dtype not in FUSED_DTYPES), torch.float64)
         return f"the group has {other} parameters, and it takes float32, bfloat16 and float16"

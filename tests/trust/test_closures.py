@@ -16,7 +16,7 @@ import torch
 from cases import OPTIMIZERS, rates_of
 from torch import Tensor, nn
 from torch.nn import functional as F
-from whole import warned
+from trust.whole import warned
 
 KINDS = pytest.mark.parametrize("kind", OPTIMIZERS)
 SHARED: dict[str, Callable[[], Tensor]] = {

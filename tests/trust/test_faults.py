@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from whole import CASES, EACH_CASE, QUICK, FailAt, Run, equal, warned
+from trust.whole import CASES, EACH_CASE, QUICK, FailAt, Run, equal, warned
 
 MODES = pytest.mark.parametrize(
     "case", ["sgd-momentum-plain", "sgd-defaults", "adamw-defaults-followed", "adamw-momentum"]

@@ -16,7 +16,7 @@ import torch
 from cases import OPTIMIZERS
 from torch import Tensor, nn
 from torch.nn import functional as F
-from whole import CASES, EACH_CASE, Run, warned
+from trust.whole import CASES, EACH_CASE, Run, warned
 
 BAD = (math.nan, math.inf, -math.inf)
 

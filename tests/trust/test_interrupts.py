@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from whole import CASES, EACH_CASE, QUICK, Run, equal, interrupted, points_of
+from trust.whole import CASES, EACH_CASE, QUICK, Run, equal, interrupted, points_of
 
 from lwas_fast import interrupts
 
