@@ -191,6 +191,7 @@ class Layout:
                     f"{len(group['params'])}: somebody put others there, as DeepSpeed's ZeRO does. Use fully_shard"
                 )
         self._params = [list(group["params"]) for group in groups]
+        self._decay_on = [group.get("weight_decay_on") for group in groups]
         # What took part in the last step, and all entries of `state` then: to look each up costs more than a step.
         self._states: dict[Selection, list[dict[str, Any]]] = {}
         self._entries: tuple[list[Tensor], list[dict[str, Any]]] = ([], [])
@@ -207,8 +208,10 @@ class Layout:
         return [bucket for number in range(len(self.groups)) for bucket in self._buckets_of(number)]
 
     def is_of(self, groups: Groups, state: MutableMapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether these are the groups, with the parameters, and the state that were laid out."""
+        """Whether these are the groups, with the parameters, and the state that were laid out; decaying as then."""
         if self.groups is not groups or self.state is not state or len(groups) != len(self._params):
+            return False
+        if [group.get("weight_decay_on") for group in groups] != self._decay_on:
             return False
         pairs = zip(self._params, (group["params"] for group in groups), strict=True)
         return all(len(known) == len(now) and all(map(is_, known, now)) for known, now in pairs)

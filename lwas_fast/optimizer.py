@@ -99,6 +99,7 @@ class LayerwiseOptimizer(WithAverage):
             self.follow(model)
 
     def _subject(self) -> measure.Subject:
+        self._now.checked.check(self.param_groups)
         due = [number for number, group in enumerate(self.param_groups) if rates.is_due(group)]
         return measure.Subject(self._layout, self.rule, self._how, due, self._now.window, self._model())
 
@@ -164,6 +165,7 @@ class LayerwiseOptimizer(WithAverage):
         unsynced = seen.ddp is not None and not seen.ddp.require_backward_grad_sync
         held_back = shards.gradients_held_back(self._model())
         waits = number < self._now.micro_batches or unsynced or held_back
+        waits = waits or not self._now.checked.hold(self.param_groups)  # `step` will refuse them
         accumulated = False
         following = self._now.following
         if (why := replicas.why_not_all(seen.ddp)) is not None:
@@ -223,6 +225,7 @@ class LayerwiseOptimizer(WithAverage):
             self._place()
             value = self._evaluate(closure)
         self._check_training()  # the closure may have called eval()
+        self._now.checked.check(self.param_groups)
         layout = self._layout  # once, for it is looked through for parameters that somebody replaced
         following = self._now.following
         if following is not None and following.due and following.params.isdisjoint(layout.home):
