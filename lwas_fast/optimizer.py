@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,23 @@ from lwas_fast.parallel import ddp as replicas
 from lwas_fast.rule import Scaling
 from lwas_fast.says import warn
 from lwas_fast.weights import WithAverage
+
+_Step = TypeVar("_Step", bound=Callable[..., Any])
+
+
+def _forgets_scaling(step: _Step) -> _Step:
+    """Drop what a GradScaler sets for one step if that fails: it then leaves it there, and the next would go by it."""
+
+    @functools.wraps(step)
+    def stepping(self: Any, closure: Any = None) -> Any:
+        try:
+            return step(self, closure)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    return cast(_Step, stepping)
 
 
 class LayerwiseOptimizer(WithAverage):
@@ -201,6 +219,7 @@ class LayerwiseOptimizer(WithAverage):
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
+    @_forgets_scaling
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Take a measurement into the rates, if there is one, and update the parameters.
 
