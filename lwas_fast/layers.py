@@ -268,6 +268,12 @@ class Layout:
             self.state.update(zip(selection.params, found, strict=True))
         self._states, self._entries = states, (list(self.state), list(self.state.values()))
 
+    def keep(self, bucket: Bucket, selection: Selection) -> None:
+        """Make states of tensors that were measured and do not step, or copies and files would lack their numbers."""
+        for i, param in zip(selection.indices, selection.params, strict=True):
+            if param.grad is None and param not in self.state:
+                self.state[param] = self.state_of(bucket, i)
+
     def attach(self) -> None:
         """Make the layers' rows in `state` views of the tables again, where somebody moved or copied them.
 

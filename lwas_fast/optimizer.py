@@ -261,6 +261,8 @@ class LayerwiseOptimizer(WithAverage):
             measured, self._now.measured = self._now.measured, None  # once, even if the update fails
             measured = rates.of_this_step(measured, layout, self.rule, scaling)
             self._now.outcome = rates.take_in(measured, self.param_groups, scaling.found_inf)
+            for probe, *_ in measured.parts:
+                layout.keep(probe.bucket, probe.selection)
             self._now.patience, self._now.failure = 1, None
             self._warn_of_lr(self.param_groups)
             self._now.micro_batches = self._now.window.micro_batches
