@@ -150,7 +150,7 @@ class WithAverage(WithLayers):
 
     def _recognise(self) -> None:
         """After loading: find out which weights the model holds, if it was loaded before; else `_place` does so."""
-        meant = [group["train_mode"] for group in self.param_groups]
+        meant, differ = [group["train_mode"] for group in self.param_groups], []
         for group in self.param_groups:
             if any(shards.mesh_of(param) is not None for param in group["params"]):
                 group.pop("samples", None)  # of one that was not sharded
@@ -158,9 +158,18 @@ class WithAverage(WithLayers):
                 training, average = update.holds(group, self.state, known)
                 if training != average:
                     self._found_to_train(group, training)
-                elif not training and self._now.following is not None:
+                elif training:  # both are the same weights
+                    continue
+                elif self._now.following is not None:
                     self._now.unplaced.append((group, known))
+            if any("offset" in self.state.get(param, {}) for param in group["params"]):
+                differ.append(group)
         if self._now.following is not None:
+            if all(group["train_mode"] for group in differ):
+                for group in self.param_groups:  # where there is but one set of weights as well
+                    group["train_mode"] = True
+            else:  # the others' average is to be loaded yet
+                update.swap(self.param_groups, self.state, self.rule, training=False)
             self._note_held()
             self._now.following.due = self._now.following.restored = True
             return
