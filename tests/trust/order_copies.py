@@ -45,7 +45,7 @@ class Copies(Training):
         if fresh:
             self.late = list(late)
             self.adopt(*self.made())
-            self.scheduler = None
+        self.scheduler = None  # its keys in the groups may be gone, as with torch's optimizers
         fits = [list(map(str, group)) for group in self.late] == [list(map(str, group)) for group in late]
         if not fits:
             self.attempt(lambda: self.opt.load_state_dict(copy.deepcopy(state)), "other groups", must=True)
