@@ -68,7 +68,7 @@ class BesideTheReference(RuleBasedStateMachine):
         self.kind, self.widths = pick(OPTIMIZERS), pick([(3, 2), (3, 3, 2), (3, 2, 3, 2)])
         self.table = {**OPTIONS, **OWN[self.kind], **ALWAYS}
         names = data.draw(st.lists(choice(sorted(self.table)), unique=True, max_size=5))
-        self.options = {name: pick(self.table[name]) for name in {*names, *ALWAYS}}
+        self.options = {name: pick(self.table[name]) for name in sorted({*names, *ALWAYS})}
         self.style, self.number, self.saved = pick(["model", "names"]), 0, None
         self.options.setdefault("weight_decay_on", "all")
         torch.manual_seed(data.draw(st.integers(0, 9)))
@@ -130,11 +130,13 @@ class BesideTheReference(RuleBasedStateMachine):
             route = "plain"
         # Nobody measures; or as many losses are waited for as the last measurement had.
         unmeasured = (route == "plain" and not self.followed) or (by_model and count < self.known)
-        if ref.k >= ref.due and not unmeasured:
+        is_due = ref.k >= ref.due
+        if is_due and not unmeasured:
             self.known = count
-        else:
+        elif is_due if by_model else route != "plain":  # of a model that is followed, losses are seen when it is due
+            self.known = min(count, self.known)
+        if unmeasured:
             ref.due = max(ref.due, ref.k + 1)
-            self.known = min(count, self.known) if by_model or route != "plain" else self.known
         ref.step(function, z=draw_signs(self.options.get("seed", 0), ref.k, len(ref.W)), gradient=changed)
         if route == "closure":
             opt.step(closure)
