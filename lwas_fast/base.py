@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from lwas_fast import measure, rates
+from lwas_fast import measure, options, rates
 from lwas_fast.follow import Following
 from lwas_fast.interrupts import whole
 from lwas_fast.layers import Layout
@@ -22,6 +22,7 @@ class Now:
 
     Attributes:
         layout: The layers, laid out when first asked for.
+        checked: The groups' options, as they were last checked.
         plans: See `rates.launch`.
         window: The micro-batches since the last step.
         micro_batches: How many there were in the last window that was measured.
@@ -38,6 +39,7 @@ class Now:
     """
 
     layout: Layout | None = None
+    checked: options.Checked = field(default_factory=options.Checked)
     plans: rates.Plans = field(default_factory=dict)
     window: measure.Window = field(default_factory=measure.Window)
     micro_batches: int = 0
@@ -91,6 +93,7 @@ class WithLayers(Optimizer):
 
         Reads from the device, and so waits for it.
         """
+        self._now.checked.check(self.param_groups)  # `warmup_rate` stands for what was never measured
         found: dict[str, float] = {}
         for bucket in self._layout.buckets:
             now = rates.current(bucket.table, self.param_groups[bucket.group]["warmup_rate"])

@@ -330,13 +330,28 @@ class Following:
 
     def _loads(self, module: nn.Module, saved: dict[str, Any], prefix: str, *_: Any) -> None:
         """Weights that are loaded are an average: the iterate starts from there as well."""
-        restart = self._owner.restart()
-        if restart is None or (self.restored and not self.trained):  # that belongs to what is loaded now
+        restart, hold = self._owner.restart(), self._owner.hold()
+        if restart is None or hold is None:
+            return
+        if self.restored and self.trained and self._is_average(module, saved, prefix):
+            hold(False)  # the model held the weights that the state was saved with, and now gets their average
+        if self.restored and not self.trained:  # that belongs to what is loaded now
             return
         for name, param in module._parameters.items():
             new = saved.get(prefix + name)
             if param is not None and new is not None and getattr(new, "shape", None) == param.shape:
                 restart(param)
+
+    def _is_average(self, module: nn.Module, saved: dict[str, Any], prefix: str) -> bool:
+        """Whether a module is about to load the averages of its own parameters, where those are other weights."""
+        average_of, found = self._owner.average_of(), []
+        for name, param in module._parameters.items():
+            new = saved.get(prefix + name)
+            average = None if param is None or average_of is None else average_of(param)
+            if param is None or average is None or not isinstance(new, Tensor) or torch.equal(average, param):
+                continue
+            found.append(new.shape == average.shape and torch.equal(new.detach().to(average), average))
+        return bool(found) and all(found)
 
     def _warn_of_norms(self) -> None:
         if self._has_norms and self._stepped and not self._norms_seen:

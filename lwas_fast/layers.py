@@ -195,6 +195,7 @@ class Layout:
                     f"{len(group['params'])}: somebody put others there, as DeepSpeed's ZeRO does. Use fully_shard"
                 )
         self._params = [list(group["params"]) for group in groups]
+        self._decay_on = [group.get("weight_decay_on") for group in groups]
         # What took part in the last step, and all entries of `state` then: to look each up costs more than a step.
         self._states: dict[Selection, list[dict[str, Any]]] = {}
         self._entries: tuple[list[Tensor], list[dict[str, Any]]] = ([], [])
@@ -211,8 +212,10 @@ class Layout:
         return [bucket for number in range(len(self.groups)) for bucket in self._buckets_of(number)]
 
     def is_of(self, groups: Groups, state: MutableMapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether these are the groups, with the parameters, and the state that were laid out."""
+        """Whether these are the groups, with the parameters, and the state that were laid out; decaying as then."""
         if self.groups is not groups or self.state is not state or len(groups) != len(self._params):
+            return False
+        if [group.get("weight_decay_on") for group in groups] != self._decay_on:
             return False
         pairs = zip(self._params, (group["params"] for group in groups), strict=True)
         return all(len(known) == len(now) and all(map(is_, known, now)) for known, now in pairs)
@@ -299,6 +302,12 @@ class Layout:
         for selection, found in states.items():
             self.state.update(zip(selection.params, found, strict=True))
         self._states, self._entries = states, (list(self.state), list(self.state.values()))
+
+    def keep(self, bucket: Bucket, selection: Selection) -> None:
+        """Make states of tensors that were measured and do not step, or copies and files would lack their numbers."""
+        for i, param in zip(selection.indices, selection.params, strict=True):
+            if param.grad is None and param not in self.state:
+                self.state[param] = self.state_of(bucket, i)
 
     def attach(self) -> None:
         """Make the layers' rows in `state` views of the tables again, where somebody moved or copied them.

@@ -100,6 +100,7 @@ class LayerwiseOptimizer(WithAverage):
             self.follow(model)
 
     def _subject(self) -> measure.Subject:
+        self._now.checked.check(self.param_groups)
         due = [number for number, group in enumerate(self.param_groups) if rates.is_due(group)]
         layout = self._fitting_layout()
         layout.check_shapes()
@@ -168,6 +169,7 @@ class LayerwiseOptimizer(WithAverage):
         unsynced = seen.ddp is not None and not seen.ddp.require_backward_grad_sync
         held_back = shards.gradients_held_back(self._model())
         waits = number < self._now.micro_batches or unsynced or held_back
+        waits = waits or not self._now.checked.hold(self.param_groups)  # `step` will refuse them
         accumulated = False
         following = self._now.following
         if (why := replicas.why_not_all(seen.ddp)) is not None:
@@ -222,11 +224,20 @@ class LayerwiseOptimizer(WithAverage):
         """
         with whole(), torch.no_grad():
             value = None
-            if closure is not None:
-                self._place()
-                value = self._evaluate(closure)
-            self._check_training()  # the closure may have called eval()
-            self._update()
+            try:
+                if closure is not None:
+                    self._place()
+                    value = self._evaluate(closure)
+                self._check_training()  # the closure may have called eval()
+                self._now.checked.check(self.param_groups)
+                self._update()
+            except BaseException:
+                for name in (
+                    "grad_scale",
+                    "found_inf",
+                ):  # GradScaler left them here, and the next step would go by them
+                    self.__dict__.pop(name, None)
+                raise
         return value
 
     def _update(self) -> None:
@@ -247,6 +258,8 @@ class LayerwiseOptimizer(WithAverage):
             measured, self._now.measured = self._now.measured, None  # once, even if the update fails
             measured = rates.of_this_step(measured, layout, self.rule, scaling)
             self._now.outcome = rates.take_in(measured, self.param_groups, scaling.found_inf)
+            for probe, *_ in measured.parts:
+                layout.keep(probe.bucket, probe.selection)
             self._now.patience, self._now.failure = 1, None
             self._now.micro_batches = self._now.window.micro_batches
         try:

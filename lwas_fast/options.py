@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from operator import is_
 from typing import Any, TypedDict
+
+from torch import Tensor
 
 from lwas_fast.says import warn
 
@@ -62,6 +65,8 @@ REMOVED: dict[str, tuple[Any, str]] = {
 
 def _number(low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> Any:
     def check(value: Any) -> bool:
+        if isinstance(value, (str, bytes)):  # which float() would read, and nothing that computes with it later
+            return False
         try:
             value = float(value)
         except (TypeError, ValueError, RuntimeError):
@@ -172,3 +177,35 @@ def check(options: dict[str, Any], where: str = "") -> None:
                 raise ValueError(f"{name}={value!r}{where} is not valid: it must be {allowed}")
     if options.get("fused") and options.get("foreach"):
         raise ValueError(f"fused=True and foreach=True{where} exclude each other: leave one of them out")
+
+
+class Checked:
+    """Options of parameter groups as they were at the last check: users and schedulers set others in mid-training."""
+
+    def __init__(self) -> None:
+        self._known: list[list[Any]] = []
+
+    def check(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Check groups in which something is not the very same object as the last time, or could have been written to.
+
+        Tensors on a GPU are not, for to read them would wait for that.
+
+        Raises:
+            ValueError: See `check`.
+        """
+        now = [[group.get(name) for name in RANGES] for group in groups]
+        for number, (values, known) in enumerate(zip(now, [*self._known, *([()] * len(now))], strict=False)):
+            changing = any(isinstance(value, (Tensor, list)) for value in values[:3])  # lr, momentum, betas
+            if len(known) == len(values) and all(map(is_, values, known)) and not changing:
+                continue
+            given = {name: v for name, v in zip(RANGES, values, strict=True) if not getattr(v, "is_cuda", False)}
+            check({name: given[name] for name in given.keys() & groups[number]}, f" in parameter group {number}")
+        self._known = now
+
+    def hold(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether `check` has nothing to refuse."""
+        try:
+            self.check(groups)
+        except ValueError:
+            return False
+        return True

@@ -177,7 +177,7 @@ class WithAverage(WithLayers):
 
     def _recognise(self) -> None:
         """After loading: find out which weights the model holds, if it was loaded before; else `_place` does so."""
-        meant = [group["train_mode"] for group in self.param_groups]
+        meant, differ = [group["train_mode"] for group in self.param_groups], []
         self._learn()
         for group in self.param_groups:
             if any(shards.mesh_of(param) is not None for param in group["params"]):
@@ -186,9 +186,18 @@ class WithAverage(WithLayers):
                 training, average = update.holds(group, self.state, known)
                 if training != average:
                     self._found_to_train(group, training)
-                elif not training:
+                elif training:  # both are the same weights
+                    continue
+                else:
                     self._now.unplaced.append((group, known))
+            if any("offset" in self.state.get(param, {}) for param in group["params"]):
+                differ.append(group)
         if self._now.following is not None:
+            if all(group["train_mode"] for group in differ):
+                for group in self.param_groups:  # where there is but one set of weights as well
+                    group["train_mode"] = True
+            else:  # the others' average is to be loaded yet
+                update.swap(self.param_groups, self.state, self.rule, [False] * len(self.param_groups))
             self._note_held()
             self._now.following.due = self._now.following.restored = True
             return
@@ -211,8 +220,9 @@ class WithAverage(WithLayers):
         unplaced, self._now.unplaced = self._now.unplaced, []
         for group, known in unplaced:
             training, average = update.holds(group, self.state, known)
-            if training or average:
-                self._found_to_train(group, training and not average)
+            if training != average:
+                self._found_to_train(group, training)
+            if training or average:  # both: they are the same weights, of whichever mode
                 continue
             if not at_last:
                 self._now.unplaced.append((group, known))

@@ -1,7 +1,7 @@
 """Saved states of other versions: they load by the names of their numbers, or are refused by name.
 
 Catches: a row read by position, a counter or rate that changes its meaning between versions, an option that is dropped
-without a word, an optimizer half loaded when a state does not fit.
+without a word, an optimizer half loaded when a state does not fit; a measured rate that does not get into files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import OPTIMIZERS
+from cases import OPTIMIZERS, batches, loss_of, small_net
 from torch_table import Problem, assert_equal
 
 from lwas_fast.state import VERSION
@@ -110,3 +110,28 @@ def test_an_option_that_is_gone_is_told(kind):
     with pytest.warns(UserWarning, match="probe='update' .*damping=0.1 .* gone") as caught:
         opt.load_state_dict({"inner": saved})
     assert len(caught) == 1 and "max_growth" not in str(caught[0].message) and caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("follows", [True, False])
+@EACH
+def test_a_layer_that_is_measured_and_does_not_step_keeps_its_rate_in_files(kind, follows):
+    """As one whose gradients are dropped before the step for some epochs, in place of freezing it."""
+
+    def made():
+        model = small_net(torch.float32)
+        return model, OPTIMIZERS[kind](model if follows else model.named_parameters(), update_every=2)
+
+    model, opt = made()
+    for batch in batches(4, torch.float32):
+        opt.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward() if follows else opt.backward(loss)
+        for param in model[4].parameters():
+            param.grad = None
+        opt.step()
+    other_model, other = made()
+    other.load_state_dict(opt.state_dict())
+    for found in (other, copy.deepcopy(opt)):
+        assert found.rates() == opt.rates()
+        assert found.diagnostics() == opt.diagnostics()
+    assert opt.diagnostics()["4"]["refreshes"] == 2

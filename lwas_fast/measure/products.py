@@ -55,15 +55,21 @@ def refuse_cut_graph(outputs: Iterable[Tensor]) -> None:
 def _products(
     gradients: Sequence[Tensor | None], params: Sequence[Tensor], vectors: Sequence[Tensor], keep: bool
 ) -> list[Tensor | None]:
-    """The Hessian times `vectors`; None for a parameter that the gradient does not depend on."""
+    """The Hessian times `vectors`; None for a parameter that the gradient does not depend on.
+
+    NaN for one that was frozen while a gradient of it stands: the step takes that along, without knowing its curvature.
+    """
     # A gradient that is constant in the parameters (a loss linear in them) has no graph, and its product is zero.
     pairs = zip(gradients, vectors, strict=True)
     live = [(g, v.to(g.dtype)) for g, v in pairs if g is not None and g.requires_grad]
     if not live:
         return [None] * len(params)
     outputs, weights = zip(*live, strict=True)
+    moving = [param for param in params if param.requires_grad]
     with open_to_interrupts():
-        return list(torch.autograd.grad(outputs, params, weights, retain_graph=keep, allow_unused=True))
+        found = iter(torch.autograd.grad(outputs, moving, weights, retain_graph=keep, allow_unused=True))
+    whole = zip(params, vectors, strict=True)
+    return [next(found) if param.requires_grad else torch.full_like(vector, torch.nan) for param, vector in whole]
 
 
 # Under a loss scale, directions are taken as long as this share of the weights. The products are then changes of the

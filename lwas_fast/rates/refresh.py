@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lwas_fast.layers import Bucket, Groups, Layout
 from lwas_fast.measure import Measurement, Probe, Vectors, explain, out_of_memory, squared_lengths
+from lwas_fast.options import RANGES
 from lwas_fast.parallel import ddp
 from lwas_fast.profiling import span
 from lwas_fast.rates import launch, when
@@ -142,7 +143,7 @@ class Outcome:
         for number, median in self._medians:
             medians.setdefault(number, []).append(median.item())
         for number, group, _ in self._due:
-            if number in medians:  # of those on each device
+            if number in medians and RANGES["lr"][0](group["lr"]):  # of those on each device; `step` refuses another lr
                 group["effective_lr"] = float(group["lr"]) * statistics.median(medians[number])
         given_up = []
         for number, group, _ in self._due:

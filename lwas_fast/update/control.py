@@ -54,9 +54,8 @@ def control(rule: Rule, group: dict[str, Any]) -> Control:
     since_warmup = group["steps"] - group["warmup_steps"]
     warming = since_warmup < 0
     ramp = 1.0 if warming or not group["ramp_steps"] else min(1.0, (since_warmup + 1) / group["ramp_steps"])
-    cap = rule.cap(group)
-    decays = rule.decoupled and group["weight_decay"] > 0
-    largest = cap / group["weight_decay"] if decays else math.inf
+    cap, decay = float(rule.cap(group)), float(group["weight_decay"]) if rule.decoupled else 0.0  # of tensors, too
+    largest = cap / decay if decay > 0 else math.inf
     longer = gain(rule.share(group), group["steps"]) if group["schedule_free"] else 1.0
     return Control(warming, group["warmup_rate"], longer, ramp, cap, largest)
 

@@ -70,7 +70,7 @@ def plain_step(rule: Rule, part: Part, scaling: Scaling) -> Generator[Tensor, Te
     else:
         bucket.table[selection.rows] = table
     applied = selection.of_tensors(table[:, Column.APPLIED])
-    decay: float = group["weight_decay"] if rule.decoupled else 0.0
+    decay = float(group["weight_decay"]) if rule.decoupled else 0.0
     factors = moving.factors
     if decay != 0 and (which := selection.decays):
         by = -decay / factors

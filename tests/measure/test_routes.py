@@ -129,3 +129,19 @@ def test_an_element_without_a_finite_gradient_stays_in_plain_torch(kind, schedul
         assert torch.equal(opt.state[weight][name][1, 1], state[name][1, 1]), name
         assert opt.state[weight][name].isfinite().all(), name
     assert opt.state[weight]["step"] == 2
+
+
+@pytest.mark.parametrize("follows", [True, False])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_layer_that_is_frozen_while_its_gradient_stands_is_not_measured(kind, follows, recwarn):
+    """The step takes that gradient along, as torch's do; the other layers are measured as ever."""
+    model, batch = small_net(), batches(1)[0]
+    opt = OPTIMIZERS[kind](model if follows else model.named_parameters(), weight_decay=0.0)
+    loss_of(model, batch).backward()
+    opt.zero_grad(set_to_none=False)
+    model[0].requires_grad_(False)
+    loss = loss_of(model, batch)
+    loss.backward() if follows else opt.backward(loss)
+    opt.step()
+    assert not recwarn.list
+    assert [row["refreshes"] for row in opt.diagnostics().values()] == [0, 1, 1]
