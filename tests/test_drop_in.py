@@ -260,3 +260,19 @@ def test_rates_are_drawn():
     assert [line.get_label() for line in axes.get_lines()] == ["a", "b", "c"]
     assert axes.get_lines()[0].get_ydata().tolist() == [1.0, 0.5]
     assert axes.get_yscale() == "log"
+
+
+@EACH
+def test_a_tied_parameter_given_twice_moves_once(kind):
+    """Under its first name, as `model.named_parameters(remove_duplicate=False)` has it."""
+    found = []
+    for twice in (False, True):
+        model = small_net(torch.float32)
+        named = list(model.named_parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            opt = OPTIMIZERS[kind](named + ([("tied.weight", named[0][1])] if twice else []))
+        train(opt, model, batches(3, torch.float32))
+        assert list(opt.rates()) == ["0", "2", "4"]
+        found.append(layer_vectors(model))
+    assert all(map(torch.equal, *found))

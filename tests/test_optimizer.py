@@ -247,6 +247,7 @@ def test_the_default_schedule_follows_the_reference():
         opt.step()
     assert opt.diagnostics()["param0"]["refreshes"] == ref.events[0]["refreshes"] == 21
     torch.testing.assert_close(weight.detach(), ref.W[0], rtol=1e-9, atol=1e-11)
+    assert opt.rates()["param0"] == pytest.approx(ref.rate[0], rel=1e-9)  # steps are at the cap, which hides it
 
 
 def test_a_group_without_gradients_is_measured_as_soon_as_it_has_taken_a_step():

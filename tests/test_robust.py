@@ -241,6 +241,23 @@ def test_steps_that_the_scaler_skips_are_no_tries():
     assert all(row["refreshes"] == 1 for row in opt.diagnostics().values())
 
 
+def test_a_step_that_is_skipped_by_what_the_scaler_sets_is_no_try():
+    """``fused=True`` has GradScaler set `found_inf` and leave the step to us: the next is due, as this one was."""
+    model = small_net(torch.float32)
+    opt = OPTIMIZERS["adamw"](model.named_parameters(), update_every=5)
+    for k, batch in enumerate(batches(8, torch.float32)):
+        assert opt.curvature_due is (k in (0, 5, 6, 7))
+        last = opt.param_groups[0]["last_refresh"]
+        opt.found_inf = torch.tensor(1.0 if k in (5, 6) else 0.0)
+        opt.zero_grad()
+        opt.backward(loss_of(model, batch))
+        opt.step()
+        if k in (5, 6):
+            assert opt.curvature_due
+            assert opt.param_groups[0]["last_refresh"] == last == 0
+    assert all(row["refreshes"] == 2 for row in opt.diagnostics().values())
+
+
 def test_what_is_on_its_way_survives_other_groups_and_copies():
     model = Switched()
     groups = [{"params": list(part.named_parameters(prefix=name))} for name, part in model.named_children()]

@@ -110,6 +110,19 @@ def test_the_next_optimizer_of_a_model_takes_over(kind):
 
 
 @EACH
+def test_an_optimizer_that_made_way_takes_the_weights_for_their_average(kind):
+    """What it had averaged is of weights that the model no longer has once the other has moved them."""
+    model, first = followed(kind)
+    data = batches(2 * STEPS, torch.float32)
+    steps(first, model, data[:STEPS])
+    second = OPTIMIZERS[kind](model)
+    steps(second, model, data[STEPS:])
+    before = weights(model)
+    first.eval()
+    assert same(weights(model), before)
+
+
+@EACH
 def test_an_interrupt_in_the_model_leaves_nothing_behind(kind):
     class Model(nn.Module):
         def __init__(self):

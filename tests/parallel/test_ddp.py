@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import batches, closing, loss_of, small_net, usual
+from cases import OPTIMIZERS, batches, closing, loss_of, small_net, usual
 from processes import results_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -43,6 +43,16 @@ def replica(how: str, rank: int):
         half = slice(8 * rank, 8 * rank + 8)
         train_with(how, opt, parallel, (x[half], y[half]))
     return model.state_dict(), opt.rates()
+
+
+def alike(kind: str, rank: int | None):
+    """Both accumulate over the same data, which one process might as well."""
+    model = small_net()
+    parallel = DistributedDataParallel(model) if rank is not None else model
+    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=2)
+    for batch in batches(6):
+        train_with("accumulated", opt, parallel, batch)
+    return [p.detach() for p in model.parameters()], opt.rates()
 
 
 def followed(made_with: str, rank: int):
@@ -182,6 +192,7 @@ def refusals(rank: int):
 WAYS = ["closure", "closure, bucket views", "autograd", "autograd, bucket views"]
 SCENARIOS = {how: partial(replica, how) for how in (*WAYS, "accumulated")}
 FOLLOWED = {f"followed, {made_with}": partial(followed, made_with) for made_with in ("model", "wrapper")}
+SCENARIOS |= {f"alike, {kind}": partial(alike, kind) for kind in OPTIMIZERS}
 SCENARIOS |= FOLLOWED | {"hooked": hooked, "alone": alone, "branches": branches, "refusals": refusals, "scaled": scaled}
 
 
@@ -223,6 +234,15 @@ def test_replicas_that_accumulate_stay_alike(of_both):
     (one, rates), (two, same) = of_both("accumulated")
     assert rates == same and all(rate > 0 for rate in rates.values())
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_replicas_with_the_same_data_accumulate_as_one_process(of_both, kind):
+    """Also in the factors of a window's gradients, which Adam's directions hide."""
+    weights, rates = alike(kind, None)
+    for mine, same in of_both(f"alike, {kind}"):
+        torch.testing.assert_close(mine, weights, rtol=1e-6, atol=1e-8)
+        assert same == pytest.approx(rates, rel=1e-5)
 
 
 def test_the_scale_of_the_loss_changes_nothing_and_replicas_agree_on_it(of_both):

@@ -20,6 +20,22 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from lwas_fast import CurvatureError
 
 
+def divided(rank):
+    """Gradients that FSDP averages; and that it adds up, of a loss that each rank has divided itself."""
+    found = []
+    for adds in (False, True):
+        model = sharded()
+        for part in (model[0], model) if adds else ():
+            part.set_gradient_divide_factor(1.0)
+        opt = OPTIMIZERS["sgd"](model, update_every=2)
+        for x, y in batches(4):
+            (loss_of(model, (x[rank::2], y[rank::2])) / (2 if adds else 1)).backward()
+            opt.step()
+            opt.zero_grad()
+        found.append(opt.rates())
+    return found
+
+
 def not_finite(rank):
     """NaN in one rank's shard of a layer, and in all of a layer; then the state of both."""
     model = sharded()
@@ -198,6 +214,7 @@ def copied(rank):
 
 SCENARIOS = {"not finite": not_finite, "bad batch": bad_batch, "evaluated": evaluated, "told": told, "half": half}
 SCENARIOS |= {"refused": refused, "sharded later": sharded_later, "beside": beside, "long": long, "copied": copied}
+SCENARIOS |= {"divided": divided}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +228,12 @@ def test_elements_that_are_not_finite_are_left_alone_and_counted_on_all_ranks(of
     assert all(p.isfinite().all() for p in one["weights"])
     steps = [int(state["step"]) for state in one["states"].values()]
     assert steps == [6] * 6  # the bias of that layer moves always
+
+
+def test_a_loss_that_ranks_divide_themselves_has_the_same_rates(of_all):
+    (averaged, added), (same, again) = of_all("divided")
+    assert averaged == same and added == again
+    assert added == pytest.approx(averaged, rel=1e-9)
 
 
 def test_a_rank_with_a_bad_batch_costs_that_measurement_alone(of_all):

@@ -7,8 +7,10 @@ its own; what torch does around it (memory order, dtypes) is `test_fused.py`'s.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -33,6 +35,28 @@ def build(program: Path, implementation: str, *others: object) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return program
+
+
+PLANTED = """#pragma once
+#include <cstdlib>
+[[maybe_unused]] static const int planted = std::getenv("FAULT") ? std::atoi(std::getenv("FAULT")) : 0;
+"""
+
+
+def plant(folder: Path, sources: dict[str, str], faults: Mapping[str, tuple[str, str]]) -> None:
+    """Write sources with all these faults into a folder, for compiling takes the time.
+
+    A fault is what is right, and what goes in its stead, in which FAULT is true if the variable FAULT has its number,
+    from 1 on. What is right must stand in the sources once.
+    """
+    for number, (name, (right, wrong)) in enumerate(faults.items(), start=1):
+        times = sum(text.count(right) for text in sources.values())
+        assert times == 1, f"{name}: {right!r} is there {times} times"
+        wrong = re.sub(r"\bFAULT\b", f"(planted == {number})", wrong)
+        sources = {file: text.replace(right, wrong) for file, text in sources.items()}
+    (folder / "planted.h").write_text(PLANTED)
+    for file, text in sources.items():
+        (folder / file).write_text(f'#include "planted.h"\n{text}')
 
 
 def run(program: Path, lists: int, seed: int, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fuzz_build import CSRC, HERE, SANITIZERS, agree, build, missing, run
+from fuzz_build import CSRC, HERE, SANITIZERS, agree, build, missing, plant, run
 
 X86 = sys.platform == "linux" and platform.machine() == "x86_64"
 WHY_NOT = missing() if X86 else "the emulator's switch between fibers is for x86-64 and Linux"
@@ -29,7 +29,7 @@ def no_barrier(before: str) -> tuple[str, str]:
     return f"__syncthreads();{before}", f"if (!FAULT) __syncthreads();{before}"
 
 
-# What is right, and what goes in its stead; FAULT is true in the run that must find it. Of the barriers, only the first
+# See `plant`. Of the barriers, only the first
 # of reduce_block is not here: its callers have others, and without it nothing goes wrong today.
 FAULTS = {
     "partial sums at the wrong place": (
@@ -102,6 +102,7 @@ FAULTS = {
         "weight, m, v);\n            if (sizeof(T)",
         "weight, m, v);\n            if (!FAULT && sizeof(T)",
     ),
+    "the tensor before a chunk's": ("(first_chunk[middle] <= chunk ?", "(first_chunk[middle] + FAULT <= chunk ?"),
     "vectors at addresses that are not theirs": ("return bits % 16 == 0", "return bits % (FAULT ? 4 : 16) == 0"),
 }
 
@@ -117,22 +118,12 @@ def rewrite(source: str) -> str:
     return source
 
 
-def plant(kernels: str, movers: str) -> tuple[str, str]:
-    """All faults in one program, for compiling takes the time; the variable FAULT picks one by its number."""
-    for number, (name, (right, wrong)) in enumerate(FAULTS.items(), start=1):
-        assert kernels.count(right) + movers.count(right) == 1, f"{name}: {right!r} is not there, or not once"
-        wrong = re.sub(r"\bFAULT\b", f"(planted == {number})", wrong)
-        kernels, movers = kernels.replace(right, wrong), movers.replace(right, wrong)
-    return kernels, '#include <cstdlib>\nstatic const int planted = std::atoi(std::getenv("FAULT"));\n' + movers
-
-
 def emulated(folder: Path, *flags: str, faults: bool = False) -> Path:
-    kernels = rewrite((CSRC / "update_cuda.cu").read_text())
+    sources = {"update_cuda.cpp": rewrite((CSRC / "update_cuda.cu").read_text())}
     if faults:
-        kernels, movers = plant(kernels, (CSRC / "multi_tensor.cuh").read_text())
-        (folder / "multi_tensor.cuh").write_text(movers)
+        sources |= {name: (CSRC / name).read_text() for name in ("multi_tensor.cuh", "chunks.h")}
+    plant(folder, sources, FAULTS if faults else {})
     source = folder / "update_cuda.cpp"
-    source.write_text(kernels)
     emulator = HERE / "emulator"
     # Fibers do not return in the order in which they were called; a processor's shadow stack would stop them.
     flags += ("-Wno-unknown-pragmas", "-fcf-protection=none", f"-I{emulator}")

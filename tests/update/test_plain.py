@@ -85,6 +85,29 @@ def test_a_state_that_somebody_replaces_is_the_one_that_steps(kind, options):
     assert [opt.state[p]["step"].item() for p in params] == [1, 1]
 
 
+@EACH
+@pytest.mark.parametrize("options", [{}, {"foreach": True}])
+def test_a_state_in_the_place_of_another_steps_from_its_own_numbers(kind, options):
+    """Its buffers and its count: as after loading both, which lays all out anew."""
+    found = []
+    for loads in (False, True):
+        torch.manual_seed(0)
+        params = with_gradients([(3,), (4,)])
+        opt = OPTIMIZERS[kind](params, schedule_free=False, **options, **FIXED)
+        for _ in range(2):
+            opt.step()
+        changed = copy.deepcopy(opt.state[params[0]])
+        changed["step"].fill_(40.0)
+        changed[opt.rule.buffers(opt.param_groups[0])[0]].fill_(0.5)
+        opt.state[params[0]] = changed
+        if loads:
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt.step()
+        assert [opt.state[p]["step"].item() for p in params] == [41, 3]
+        found.append([p.detach() for p in params])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @NO_COMPILED_STEP
 @EACH
 @pytest.mark.parametrize("options", [{}, {"foreach": True}])
@@ -189,3 +212,34 @@ def test_norms_that_overflow_do_not_warn(kind):
     for p in params:
         p.grad = torch.full_like(p, 1.5e19)
     opt.step()
+
+
+@EACH
+@MODES
+@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+def test_what_a_scaler_sets(kind, schedule_free, found):
+    """Scaled gradients take the step of unscaled ones, to the last bit, or none; rates fit what is left by clipping."""
+    weights, tables = [], []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        w = torch.randn(7, dtype=torch.float64, requires_grad=True)
+        opt = OPTIMIZERS[kind]([w], schedule_free=schedule_free, update_every=1, foreach=True)
+        for k in range(4):
+            opt.zero_grad()
+            opt.backward((w**4).sum() + w.sum())
+            w.grad *= 0.125  # as clipping would
+            if scaled and k > 0:
+                w.grad *= 256
+                opt.grad_scale = torch.tensor(256.0)
+            if found is not None:
+                opt.found_inf = torch.tensor(found if scaled and k == 3 else 0.0)
+            before = w.detach().clone(), {name: value.clone() for name, value in opt.state[w].items()}
+            opt.step()
+        weights.append(w.detach())
+        tables.append(opt.state[w])
+    if found:
+        assert torch.equal(weights[1], before[0])
+        assert all(torch.equal(value, before[1][name]) for name, value in tables[1].items())
+    else:
+        assert torch.equal(*weights)
+        assert all(torch.equal(value, tables[1][name]) for name, value in tables[0].items())

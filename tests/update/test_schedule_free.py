@@ -197,6 +197,28 @@ def test_in_half_precision_the_average_goes_where_the_weights_go(kind, dtype, fu
     assert there.all() or stuck.all(), found[0]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_in_half_precision_the_iterate_makes_the_move_that_is_left(fused):
+    """By hand: the weights make all of a move but a share of the average, and so much of their rounding is its."""
+    if fused and extension.EXTENSION is None:
+        pytest.skip("no compiled update")
+    w = torch.randn(200).to(torch.bfloat16).requires_grad_()
+    opt = SGDLW(
+        [w], momentum=0.9, **{**FIXED, "warmup_rate": 0.01}, **({"fused": True} if fused else {"foreach": True})
+    )
+    iterate = average = w.detach().double()
+    for n in range(1, 7):
+        w.grad = torch.randn(200).to(torch.bfloat16)
+        opt.step()
+        iterate = iterate - 0.01 * w.grad.double()
+        average = average + (iterate - average) / n
+        exact = 0.9 * average + 0.1 * iterate
+        torch.testing.assert_close(w.detach().double(), exact, rtol=2**-8, atol=0)  # half a unit in the last place
+        left = (w.detach().double() - exact) / (1 - 0.9 * (1 - 1 / n))
+        iterate, average = iterate + left, average + left / n
+        torch.testing.assert_close(opt.state[w]["offset"].double(), iterate - average, rtol=1e-4, atol=1e-6)
+
+
 @EACH
 def test_a_share_that_schedulers_cycle_mixes_anew(kind):
     model, data = small_net(), batches(15)

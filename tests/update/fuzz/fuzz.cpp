@@ -3,11 +3,13 @@
 // Catches: reads and writes outside an array (with the address sanitizer), elements left out or visited twice at any
 // cut between chunks, tensors, layers and launches, wrong types, the two passes disagreeing, counters and step counts
 // gone wrong, results that depend on the order in which threads run, and a step in two parts, by one rank or by several
-// that hold a part of every tensor each, that is another one than in one call.
+// that hold a part of every tensor each, that is another one than in one call. And norms that overflow, first of all.
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "implementation.h"
 #include "method.h"
@@ -44,11 +46,38 @@ std::string step(List& list, Dice& dice, bool& overflow) {
   return wrong;
 }
 
+// A layer of two weights, whose norm overflows, and so does its direction's: nothing is known of the cap, so it stays.
+std::string overflowing_layer(lwas::Rule rule) {
+  std::vector<float> weights(2, 1.5e19f), gradients(weights), offsets(2), table(lwas::kColumns), steps(1);
+  lwas::Call call{};
+  call.rule = rule;
+  call.options = {1, 1, 0, 0, -INFINITY, -INFINITY, 0};
+  call.control = {1, nullptr, 1, 1e-3f, 1, true, 0.1f, INFINITY, 0.01f, 1.25f};
+  call.sign = 1;
+  call.table = table.data();
+  call.steps = steps.data();
+  call.slots = {{weights.data(), gradients.data(), offsets.data(), nullptr, 2, 2, 0, 0, false, lwas::Kind::kFloat32}};
+  std::vector<double> scratch;
+  for (int step = 0; step < 3; ++step) {
+    update(call, 1, scratch);
+    for (float weight : weights) {
+      if (!(std::fabs(weight / 1.5e19f - 1) < 1e-6)) return "it moves to " + std::to_string(weight);
+    }
+  }
+  return "";
+}
+
 }  // namespace
 }  // namespace fuzz
 
 int main(int, char** arguments) {
   const int lists = std::atoi(arguments[1]);
+  for (lwas::Rule rule : {lwas::Rule::kSgd, lwas::Rule::kFreeSgd}) {
+    if (const std::string wrong = fuzz::overflowing_layer(rule); !wrong.empty()) {
+      std::printf("a layer whose norms overflow (rule %d): %s\n", int(rule), wrong.c_str());
+      return 1;
+    }
+  }
   fuzz::Dice dice(std::atoi(arguments[2]));
   for (int i = 0; i < lists; ++i) {
     fuzz::List list(dice, fuzz::kBorders);

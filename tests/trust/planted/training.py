@@ -1,0 +1,243 @@
+"""Faults around steps: groups, windows, averages in evaluation and in files, saved states, several processes."""
+
+from __future__ import annotations
+
+from planted.fault import Fault, exact
+
+FAULTS: dict[str, Fault] = {
+    "decay of every tensor": Fault(
+        "layers.py",
+        'group.get("weight_decay_on") != "matrices" or param.ndim > 1',
+        'group.get("weight_decay_on") != "matrices" or param.ndim > 0',
+        exact("sgd-decay_of_matrices", "adamw-decay_of_matrices"),
+    ),
+    "tied weights twice": Fault(
+        "groups.py",
+        'group["params"] = list(unique.values())',
+        'group["params"] = entries',
+        ("test_drop_in.py::test_a_tied_parameter_given_twice_moves_once",),
+    ),
+    "the count of a state that was thrown away goes on": Fault(
+        "layers.py",
+        "        count.zero_()  # of a state that was thrown away\n",
+        "",
+        ("update/test_plain.py::test_a_state_that_somebody_replaces_is_the_one_that_steps",),
+    ),
+    "the count of a replaced state is the old one's": Fault(
+        "layers.py",
+        'state["step"] = count.copy_(state["step"])',
+        'state["step"] = count',
+        ("update/test_plain.py::test_a_state_in_the_place_of_another_steps_from_its_own_numbers",),
+    ),
+    "replaced states are not noticed": Fault(
+        "layers.py",
+        "return same and all(map(is_, self.state.values(), entries))",
+        "return same",
+        ("update/test_plain.py::test_a_state_in_the_place_of_another_steps_from_its_own_numbers",),
+    ),
+    "replaced parameters are not noticed": Fault(
+        "layers.py",
+        "return all(len(known) == len(now) and all(map(is_, known, now)) for known, now in pairs)",
+        "return True",
+        ("test_drop_in.py::test_a_parameter_put_in_another_s_place_is_trained",),
+    ),
+    "a layer that thaws waits": Fault(
+        "layers.py",
+        'group["next_refresh"] = min(group["next_refresh"], group["steps"])',
+        "pass",
+        ("test_drop_in.py::test_a_layer_that_thaws_is_measured_with_its_second_step",),
+    ),
+    "moved state is not laid out again": Fault(
+        "layers.py",
+        'entry["layer"] = bucket.table[bucket.row[i]]',
+        "pass",
+        ("test_drop_in.py::test_state_that_was_moved_by_hand_is_saved_as_it_is",),
+    ),
+    "a measurement is kept when a group is added": Fault(
+        "optimizer.py",
+        "        self._forget_layout()\n        self._now.measured = None\n",
+        "        self._forget_layout()\n",
+        ("measure/test_gradients.py",),
+    ),
+    "zero_grad keeps the measurement": Fault(
+        "optimizer.py",
+        "        self._close_window()\n        super().zero_grad(set_to_none)\n",
+        "        super().zero_grad(set_to_none)\n",
+        ("measure/test_gradients.py",),
+    ),
+    "every micro-batch of a window is measured": Fault(
+        "optimizer.py",
+        "waits = number < self._now.micro_batches or unsynced or held_back",
+        "waits = unsynced or held_back",
+        ("follow/test_measures.py::test_accumulation_needs_no_last",),
+    ),
+    "gradients that a closure adds to are cleared": Fault(
+        "optimizer.py",
+        "closure, value, replay, 1.0, start, accumulated, of_model)",
+        "closure, value, replay, 1.0, start, False, of_model)",
+        ("test_drop_in.py::test_a_closure_may_begin_with_gradients",),
+    ),
+    "what rounding loses is not kept in evaluation": Fault(
+        "update/average.py",
+        "of_param |= rounded(rule, group, of_here, here, average)",
+        "pass",
+        ("follow/test_weights.py::test_evaluating_and_saving_change_nothing",),
+    ),
+    "what rounding loses is not saved": Fault(
+        "update/average.py",
+        "return {**saved, **rounded(rule, group, of_param, param, _average(rule, group, of_param, param))}",
+        "return saved",
+        ("follow/test_weights.py::test_resume_is_bit_for_bit_in_any_order",),
+    ),
+    "the average is half-way": Fault(
+        "update/average.py",
+        'return _moved(weights, of_param["offset"], -_distance(rule, group))',
+        'return _moved(weights, of_param["offset"], -_distance(rule, group) / 2)',
+        ("update/test_schedule_free.py::test_the_average_is_the_mean_of_the_iterates",),
+    ),
+    "a share that schedulers cycle mixes the wrong way": Fault(
+        "update/average.py",
+        'group["share"] - share)',
+        'share - group["share"])',
+        ("update/test_schedule_free.py::test_a_share_that_schedulers_cycle_mixes_anew",),
+    ),
+    "samples are not saved": Fault(
+        "weights.py",
+        'group["samples"] = update.samples(self.rule, mine, self.state)',
+        "pass",
+        ("follow/test_weights.py",),
+    ),
+    "samples are not compared": Fault(
+        "update/average.py",
+        "eps * other.abs() + 1e-30).all()) for",
+        "1e30).all()) for",
+        ("follow/test_weights.py",),
+    ),
+    "loaded weights are no average": Fault(
+        "weights.py",
+        'of_param["offset"].zero_()',
+        "pass",
+        ("follow/test_weights.py::test_loaded_weights_are_an_average",),
+    ),
+    "a state dict has the weights trained on": Fault(
+        "follow.py",
+        "saved[prefix + name] = average\n",
+        "pass\n",
+        ("follow/test_weights.py::test_state_dict_has_the_average_in_either_mode",),
+    ),
+    "evaluation sees the weights trained on": Fault(
+        "follow.py",
+        "            if self.trained:\n                hold(False)\n",
+        "            if self.trained:\n",
+        ("follow/test_weights.py",),
+    ),
+    "the plain attention kernel stays": Fault(
+        "follow.py",
+        "for kernels in (PLAIN_ATTENTION, PLAIN_RECURRENCE):",
+        "for kernels in (PLAIN_RECURRENCE,):",
+        ("follow/test_follow.py", "follow/test_measures.py::test_what_has_no_second_derivative_is_measured"),
+    ),
+    "attention has no second derivative": Fault(
+        "follow.py",
+        "PLAIN_ATTENTION.enter(id(self))",
+        "pass",
+        ("follow/test_measures.py::test_what_has_no_second_derivative_is_measured",),
+    ),
+    "columns of the first version in another order": Fault(
+        "state.py",
+        '"average weight signal power descent',
+        '"weight average signal power descent',
+        ("test_state.py::test_version_1_goes_on",),
+    ),
+    "the first version's loss was 0": Fault(
+        "state.py",
+        "new[Column.LOSS] = new[Column.WEIGHT]",
+        "pass",
+        ("test_state.py::test_version_1_goes_on",),
+    ),
+    "float32 state is cast when it is loaded": Fault(
+        "state.py",
+        "else state_dtype(param)\n",
+        "else param.dtype\n",
+        ("test_optimizer.py::test_float32_state_survives_a_bf16_model",),
+    ),
+    "state is not copied when it is loaded": Fault(
+        "state.py",
+        "dtype=dtype, copy=True)",
+        "dtype=dtype)",
+        ("test_like_torch_state.py::test_state_dict_with_groups", "test_state.py"),
+    ),
+    "the running average counts as many as there are": Fault(
+        "update/average.py",
+        "1 / (1 + share * float(count))",
+        "1 / (1 + float(count))",
+        ("update/test_averaged.py::test_shares",),
+    ),
+    "replicas add up, and do not average": Fault(
+        "parallel/ddp.py",
+        "return [total / _replicas(group) for total in summed(values, [group])]",
+        "return summed(values, [group])",
+        ("parallel/test_ddp.py",),
+    ),
+    "compiled: decay of every tensor": Fault(
+        "layers.py",
+        "[[self.row[i], i, self.decays[i], sizes[s]]",
+        "[[self.row[i], i, True, sizes[s]]",
+        ("update/test_fused.py::test_training_agrees_over_the_table_of_options",),
+        "extension",
+    ),
+    "a group that comes in evaluation is trained on": Fault(
+        "groups.py",
+        'all(g["train_mode"] for g in earlier)',
+        "True",
+        ("update/test_schedule_free.py::test_a_group_added_while_the_average_is_in_waits_for_train_too",),
+    ),
+    "training goes on with the average": Fault(
+        "update/average.py",
+        'if not all(group["train_mode"] for group in groups):',
+        "if False:",
+        ("update/test_schedule_free.py::test_training_on_with_the_average_is_refused_and_changes_nothing",),
+    ),
+    "gradients that were dropped count as a micro-batch": Fault(
+        "optimizer.py",
+        "behind our back (model.zero_grad(), GradScaler)\n            self._close_window()\n",
+        "behind our back (model.zero_grad(), GradScaler)\n            pass\n",
+        ("measure/test_gradients.py",),
+    ),
+    "windows do not become shorter": Fault(
+        "optimizer.py",
+        "if 0 < self._now.window.micro_batches < self._now.micro_batches:",
+        "if False:",
+        ("follow/test_measures.py::test_windows_may_become_shorter",),
+    ),
+    "the set of weights that a model holds is not recognised": Fault(
+        "weights.py",
+        "                if training != average:\n",
+        "                if False:\n",
+        ("follow/test_weights.py",),
+    ),
+    "an optimizer that made way keeps its average": Fault(
+        "follow.py",
+        "            for param in self.params:\n                restart(param)\n            unfollow()\n",
+        "            unfollow()\n",
+        ("follow/test_follow.py::test_an_optimizer_that_made_way_takes_the_weights_for_their_average",),
+    ),
+    "weights that belong to a loaded state start an average anew": Fault(
+        "follow.py",
+        "if restart is None or (self.restored and not self.trained):",
+        "if restart is None:",
+        ("follow/test_weights.py",),
+    ),
+    "states of other layers are taken in": Fault(
+        "state.py",
+        "            if one != other:\n",
+        "            if False:\n",
+        ("test_state.py::test_what_does_not_fit_changes_nothing", "test_optimizer.py::test_errors_come_before_changes"),
+    ),
+    "copies of shards count in full": Fault(
+        "shards.py",
+        "return values if self._single else values / self.copies.to(values).view(-1, *[1] * (values.dim() - 1))",
+        "return values",
+        ("parallel/test_meshes.py",),
+    ),
+}
