@@ -110,6 +110,26 @@ def test_out_of_memory_in_a_curvature_pass(tally, case, route):
         out_of_memory_in_a_pass(row, case, route, every=29 if case in QUICK else 3)
 
 
+@pytest.mark.parametrize("case", QUICK)
+def test_measurements_that_lack_memory_keep_their_intervals(case, monkeypatch):
+    """A measurement that fails costs more than one that does not: it is not tried again at each step."""
+    tried = []
+
+    def lacks(*_: Any, **__: Any) -> None:
+        tried.append(1)
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr("lwas_fast.measure.routes._measure", lacks)
+    monkeypatch.setattr("lwas_fast.measure.routes._again", lacks)
+    kind, options, followed = CASES[case]
+    run = Run(kind, {**options, "update_every": 6}, followed, steps=0)
+    with warned() as said:
+        for _ in range(30):
+            run.step()
+    assert len(tried) in (5, 6)  # a followed model is tried by a second call at once
+    assert len(said) == 1
+
+
 def raises_in_a_step(row: Any, case: str, route: str, every: int) -> None:
     """An error of the user's, or a bug of ours or of torch's: it is raised, and a retry makes up for it."""
 

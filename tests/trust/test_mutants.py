@@ -54,7 +54,7 @@ def copied(folder: Path) -> Path:
     """Copy the package and its tests into a folder, to plant faults in."""
     for name in COPIED:
         if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "trust")
+            ignored = shutil.ignore_patterns("__pycache__", "planted", "test_mutants.py")
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(ROOT / name, folder)

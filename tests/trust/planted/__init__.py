@@ -5,10 +5,10 @@ test` that must find it; `CPP` those of the compiled update, of which one progra
 hands it torch's tensors (see `test_mutants.py`).
 """
 
-from planted import measure, rates, training, update
+from planted import faults, measure, rates, training, update
 from planted.compiled import BINDINGS, CPP
 from planted.fault import Fault
 
-PYTHON = {**measure.FAULTS, **rates.FAULTS, **update.FAULTS, **training.FAULTS}
+PYTHON = {**measure.FAULTS, **rates.FAULTS, **update.FAULTS, **training.FAULTS, **faults.FAULTS}
 
 __all__ = ["BINDINGS", "CPP", "PYTHON", "Fault"]

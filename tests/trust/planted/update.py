@@ -163,8 +163,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "decay is not bounded": Fault(
         "update/control.py",
-        "largest = cap / group",
-        "largest = 1e9 * cap / group",
+        "largest = cap / decay",
+        "largest = 1e9 * cap / decay",
         ("update/test_bounds.py",),
     ),
     "norms of other tensors": Fault(
