@@ -63,6 +63,26 @@ def test_shared_generators_draw_alike_in_both_evaluations(tally, kind):
 
 
 @KINDS
+def test_what_the_second_evaluation_draws_besides_is_not_missed_later(tally, kind):
+    with tally("closures that draw from torch, numpy, random: the same curvature, random numbers not disturbed") as row:
+        for name, draw in SHARED.items():
+            task, calls = Task(kind), []
+
+            def more(draw: Callable[[], Tensor] = draw, calls: list[Tensor] = calls) -> Tensor:
+                calls.append(draw())
+                if len(calls) == 2:
+                    draw()
+                return calls[0]
+
+            random.seed(0), np.random.seed(0), torch.manual_seed(0)
+            task.step(more)
+            after = draw()
+            random.seed(0), np.random.seed(0), torch.manual_seed(0)
+            draw()
+            row.held(len(calls) == 2 and torch.equal(after, draw()), f"{kind}, {name}: other numbers drawn later")
+
+
+@KINDS
 @pytest.mark.parametrize("curvature", ["signs", "blocks"])
 def test_generators_of_a_closures_own_are_told_of(tally, kind, curvature):
     task = Task(kind)
