@@ -387,7 +387,7 @@ def _again(
         probes = make_probes(subject, gradients, of_gradients, scale, _joint(subject, loss, ddp), part)
         # What other processes have in the gradients, this one's loss does not tell.
         of_loss = scale / (subject.window.micro_batches + 1) if isinstance(scale, Tensor) else 1.0
-        first = None if parallel.replicas() > 1 or talking_to(subject, ddp) else First(loss, of_loss)
+        first = First(loss, of_loss) if parallel.replicas() == 1 and not _meshes(subject) else None
         base, computed_in = own if apart else None, computed_in or shards.computed_in(model)
         products = by_differences(
             probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base, computed_in, first
