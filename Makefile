@@ -4,9 +4,9 @@
 #   make demo       train a small CNN, no learning rate given; ARGS="--steps 200" passes options on
 #   make test       everything that takes seconds, in two processes; ARGS="-k demo" passes options on, WORKERS=0 runs
 #                   all in one (for --pdb)
-#   make test-slow  what takes minutes
+#   make test-slow  what takes minutes, but for make trust
 #   make trust      faults, interrupts, call orders, resumed runs, planted faults: a table of what was tried and held,
-#                   minutes; ARGS=--write puts it into docs/guarantees.md
+#                   about 20 minutes; ARGS=--write puts it into docs/guarantees.md
 #   make bench      whole steps, update and rates against torch's own, about 8 minutes: JSON and pictures in
 #                   bench/results/, tables at the end; ARGS="-k step" takes a part
 #   make lint       ruff, mypy, import-linter, clang-format
@@ -49,7 +49,7 @@ test: $(READY)
 	$(PYTEST) $(ARGS)
 
 test-slow: $(READY)
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m slow --ignore=tests/trust $(ARGS)
 
 trust: $(READY)
 	$(PYTEST) -m "slow or not slow" tests/trust $(ARGS)
