@@ -27,6 +27,7 @@ class Now:
         window: The micro-batches since the last step.
         micro_batches: How many there were in the last window that was measured.
         measured: What the next step is to take in.
+        repeats: See `measure.Subject`.
         outcome: Which layers the last measurement had no number for, on its way from the device.
         route: What the last measurement came by.
         failure: Why none could be made, at the last try.
@@ -44,6 +45,7 @@ class Now:
     window: measure.Window = field(default_factory=measure.Window)
     micro_batches: int = 0
     measured: rates.Measured | None = None
+    repeats: bool = False
     outcome: rates.Outcome | None = None
     route: str | None = None
     failure: str | None = None
@@ -164,8 +166,7 @@ class WithLayers(Optimizer):
             self._now.warned_of_layers = True
             warn(
                 f"{type(self).__name__} could not use three measurements in a row of {len(layers)} layer(s), the first "
-                f"of them {layers[0]!r}: the gradient was 0, or the curvature 0 or not finite, or the two evaluations "
-                "of a closure gave losses of other batches (it must draw alike both times). Such a layer keeps its "
+                f"of them {layers[0]!r}: the gradient was 0, or the curvature 0 or not finite. Such a layer keeps its "
                 "step size until a measurement can be used; opt.diagnostics() counts no_descent and nonfinite."
             )
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwas_fast import options
 from lwas_fast.layers import Groups, parameter_name
 from lwas_fast.rule import Rule
 from lwas_fast.shards import local, mesh_of
@@ -105,6 +106,7 @@ def _check_group(where: str, theirs: Mapping[str, Any]) -> None:
                 )
         elif name in _NEEDED:
             raise ValueError(f"{where} lacks {name!r}, so it is not whole: load another checkpoint")
+    options.check({name: theirs[name] for name in options.RANGES if name in theirs}, f" in {where}")
     layers, columns = theirs["layer_names"], columns_of(theirs)
     for what, names in (("layer_names", layers), ("state_columns", columns)):
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
@@ -136,9 +138,8 @@ def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], e
         raise ValueError(f"the saved state of parameter {name} lacks {what!r}: it is not of {rule.name}")
     for what in ("step", "layer", *buffers, *(one for one in (places, kept, TRAINED) if one in entry)):
         value, allowed = entry[what], "integers" if what == places else "floating-point numbers"
-        if not isinstance(value, Tensor) or (value.dtype == torch.int64, value.is_floating_point()) != (
-            what == places,
-            what != places,
+        if not isinstance(value, Tensor) or not (
+            value.dtype == torch.int64 if what == places else value.is_floating_point()
         ):
             kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the saved {what} of parameter {name} is {kind}, but must be a tensor of {allowed}")

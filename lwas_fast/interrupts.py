@@ -8,6 +8,7 @@ of weights, or the end of a measurement is done or not done, never half.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # what `signal` wraps in enumerations, which cost 12 µs a step
+import os
 import signal
 import threading
 from types import FrameType
@@ -33,7 +34,7 @@ def _hold() -> None:
     try:
         for number in _NUMBERS:
             handler = _signal.getsignal(number)
-            if callable(handler):
+            if callable(handler) and handler is not _note:
                 _waiting[number] = handler
                 _signal.signal(number, _note)
     except BaseException:
@@ -57,6 +58,15 @@ def _let_go() -> None:
     finally:  # a handler raised: the others are to be back, too, and called
         if _waiting or _came:
             _let_go()
+
+
+def _in_child() -> None:
+    _came.clear()  # they are the parent's
+    _let_go()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may fork while a step is taken
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def _holds() -> bool:
@@ -86,7 +96,11 @@ class open_to_interrupts:  # noqa: N801
     def __enter__(self) -> None:
         self._ours = _holds()
         if self._ours:
-            _let_go()
+            try:
+                _let_go()
+            except BaseException:  # what comes after this is whole again
+                _hold()
+                raise
 
     def __exit__(self, *_: object) -> None:
         if self._ours:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lwas_fast import fits, groups, measure, options, rates, shards, state, update, wrappers
 from lwas_fast.base import Now
+from lwas_fast.errors import FailsAgainError
 from lwas_fast.interrupts import whole
 from lwas_fast.layers import Grouping
 from lwas_fast.parallel import ddp as replicas
@@ -104,7 +105,8 @@ class LayerwiseOptimizer(WithAverage):
         due = [number for number, group in enumerate(self.param_groups) if rates.is_due(group)]
         layout = self._fitting_layout()
         layout.check_shapes()
-        return measure.Subject(layout, self.rule, self._how, due, self._now.window, self._model())
+        now = self._now
+        return measure.Subject(layout, self.rule, self._how, due, now.window, self._model(), now.repeats)
 
     def backward(
         self,
@@ -169,7 +171,7 @@ class LayerwiseOptimizer(WithAverage):
         unsynced = seen.ddp is not None and not seen.ddp.require_backward_grad_sync
         held_back = shards.gradients_held_back(self._model())
         waits = number < self._now.micro_batches or unsynced or held_back
-        waits = waits or not self._now.checked.hold(self.param_groups)  # `step` will refuse them
+        waits = waits or not self._now.checked.are_valid(self.param_groups)  # `step` will refuse them
         accumulated = False
         following = self._now.following
         if (why := replicas.why_not_all(seen.ddp)) is not None:
@@ -196,7 +198,8 @@ class LayerwiseOptimizer(WithAverage):
         if self._now.failure is None:
             warn(f"{type(self).__name__} could not measure the curvature, and goes on at present rates: {failure}")
         self._now.failure = str(failure)  # the exception would hold the graph
-        if measure.out_of_memory(failure):  # to try again at each step would cost more than a measurement is worth
+        # To try at each step would cost more than a measurement is worth. But replicas must measure together.
+        if isinstance(failure, FailsAgainError) and replicas.replicas() == 1:
             rates.postpone(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -232,11 +235,9 @@ class LayerwiseOptimizer(WithAverage):
                 self._now.checked.check(self.param_groups)
                 self._update()
             except BaseException:
-                for name in (
-                    "grad_scale",
-                    "found_inf",
-                ):  # GradScaler left them here, and the next step would go by them
-                    self.__dict__.pop(name, None)
+                # GradScaler then leaves these here, and the next step would go by them.
+                self.__dict__.pop("grad_scale", None)
+                self.__dict__.pop("found_inf", None)
                 raise
         return value
 
@@ -265,7 +266,7 @@ class LayerwiseOptimizer(WithAverage):
         try:
             update.run(layout, self.rule, parts, scaling)
         except (TypeError, ValueError, RuntimeError):
-            self._recast()  # which names the parameter where a shape is the cause
+            layout.check_shapes()  # which names the parameter where that is the cause
             raise
         self._close_window()
         if self._now.following is not None:  # perhaps another than before
@@ -309,6 +310,7 @@ class LayerwiseOptimizer(WithAverage):
         """Work out what a measurement makes of the rates, for the next step; give what failed, if anything did."""
         if isinstance(found, Exception):
             return found
+        self._now.repeats = self._now.repeats or found.repeats
         measured = rates.refreshed(found, self.param_groups, self._now.plans)
         if isinstance(measured, Exception):
             return measured
@@ -383,6 +385,7 @@ class LayerwiseOptimizer(WithAverage):
                 super().load_state_dict(state_dict)
                 self._now.loading = None
                 self._recognise()
+                self._learn()
             except BaseException:  # memory may run out
                 self.state, self.param_groups = before
                 vars(self._now).update(now)

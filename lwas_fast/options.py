@@ -76,7 +76,7 @@ def _number(low: float, high: float = math.inf, *, open_low: bool = False, open_
         return bool(above and below)
 
     bounds = f"{'greater than' if open_low else 'at least'} {low:g}"
-    if high < math.inf:
+    if high < math.inf or open_high:
         bounds += f" and {'less than' if open_high else 'at most'} {high:g}"
     return check, f"a number {bounds}"
 
@@ -104,7 +104,7 @@ def _betas(value: Any) -> bool:
 
 # name -> (check, what is allowed). Every option of every parameter group stands here.
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": _number(0),
+    "lr": _number(0, math.inf, open_high=True),
     "momentum": _number(0, 1, open_high=True),
     "betas": (_betas, "a pair of numbers, each at least 0 and less than 1"),
     "eps": _number(0, math.inf, open_low=True, open_high=True),
@@ -195,14 +195,14 @@ class Checked:
         """
         now = [[group.get(name) for name in RANGES] for group in groups]
         for number, (values, known) in enumerate(zip(now, [*self._known, *([()] * len(now))], strict=False)):
-            changing = any(isinstance(value, (Tensor, list)) for value in values[:3])  # lr, momentum, betas
+            changing = any(isinstance(value, (Tensor, list)) for value in values)
             if len(known) == len(values) and all(map(is_, values, known)) and not changing:
                 continue
             given = {name: v for name, v in zip(RANGES, values, strict=True) if not getattr(v, "is_cuda", False)}
             check({name: given[name] for name in given.keys() & groups[number]}, f" in parameter group {number}")
         self._known = now
 
-    def hold(self, groups: Sequence[dict[str, Any]]) -> bool:
+    def are_valid(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether `check` has nothing to refuse."""
         try:
             self.check(groups)

@@ -178,7 +178,6 @@ class WithAverage(WithLayers):
     def _recognise(self) -> None:
         """After loading: find out which weights the model holds, if it was loaded before; else `_place` does so."""
         meant, differ = [group["train_mode"] for group in self.param_groups], []
-        self._learn()
         for group in self.param_groups:
             if any(shards.mesh_of(param) is not None for param in group["params"]):
                 group.pop("samples", None)  # of one that was not sharded
@@ -186,14 +185,14 @@ class WithAverage(WithLayers):
                 training, average = update.holds(group, self.state, known)
                 if training != average:
                     self._found_to_train(group, training)
-                elif training:  # both are the same weights
+                elif training:  # both are the same weights, as far as samples tell
                     continue
                 else:
                     self._now.unplaced.append((group, known))
             if any("offset" in self.state.get(param, {}) for param in group["params"]):
                 differ.append(group)
         if self._now.following is not None:
-            if all(group["train_mode"] for group in differ):
+            if differ and all(group["train_mode"] for group in differ):
                 for group in self.param_groups:  # where there is but one set of weights as well
                     group["train_mode"] = True
             else:  # the others' average is to be loaded yet

@@ -6,15 +6,17 @@ bit for bit, gradients, the running statistics of normalisation layers; and drop
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lwas_fast.errors import FailsAgainError
 from lwas_fast.measure.buffers import buffers_kept
 from lwas_fast.measure.probes import Probe, Products, ordered_with_median, passes, reach, shares
 from lwas_fast.shards import local, local_like, mesh_of, reshard
@@ -37,12 +39,12 @@ class Replay:
         self._gpus = sorted({p.device.index for p in params if p.device.type == "cuda"})
         self._cpu = torch.get_rng_state()
         self._cuda = [torch.cuda.get_rng_state(i) for i in self._gpus]
-        self._others = random.getstate(), np.random.get_state()
+        self._others = _others()
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Inside, the generators start from the state recorded; after, they go on as if nothing had been drawn."""
-        now = random.getstate(), np.random.get_state()
+        now = _others()
         with torch.random.fork_rng(devices=self._gpus):
             try:
                 torch.set_rng_state(self._cpu)
@@ -52,6 +54,10 @@ class Replay:
                 yield
             finally:
                 _set_others(now)
+
+
+def _others() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state(legacy=False)
 
 
 def _set_others(states: tuple[Any, Any]) -> None:
@@ -154,7 +160,6 @@ def by_differences(
     model: nn.Module | None,
     own: dict[Tensor, Tensor] | None = None,
     computed_in: torch.dtype | None = None,
-    first: First | None = None,
 ) -> list[Products]:
     """Take the products of each probe as differences of gradients; "blocks" evaluates once for each layer.
 
@@ -170,15 +175,12 @@ def by_differences(
         model: See `buffers_kept`.
         own: The gradients of that evaluation alone, if ``.grad`` holds others (see `gradients_alone`).
         computed_in: The dtype that weights are cast to, if that is known: mixed precision rounds displacements away.
-        first: What the first evaluation returned. If `evaluate` returns a loss too, and what lies between the two is
-            not for the weights' displacement, no layer has a number: they were evaluations of two functions.
     """
     eps = _displacements(probes, estimator, computed_in)
     of_tensor = [probe.selection.per_tensor(e) for probe, e in zip(probes, eps, strict=True)]
     found: list[list[Tensor | None]] = [[None] * len(probe.selection.params) for probe in probes]
     before = _copies(leaves)
     sharded = any(probe.bucket.mesh is not None for probe in probes)
-    same: Tensor | float = 1.0
     for members in passes(probes, estimator):
         moved = [local(probes[p].selection.params[i]) for p, i in members]
         along = [probes[p].vectors.directions[i] for p, i in members]
@@ -191,65 +193,13 @@ def by_differences(
             replay.again(),
         ):
             with torch.enable_grad():
-                value = evaluate()
+                evaluate()
             for p, i in members:
                 found[p][i] = _difference(probes[p], i, before if own is None else own)
-        if first is not None and isinstance(value, Tensor) and value.numel() == 1:
-            changes = [found[p][i] for p, i in members]
-            gradients = [_own(probes[p].selection.params[i], before, start, own) for p, i in members]
-            same = same * _one_if_explained(first, value, gradients, changes, along, eps_of)
     return [
-        Products(tensors, torch.where(e > 0, same * probe.scale / e, 0.0))
+        Products(tensors, torch.where(e > 0, probe.scale / e, 0.0))
         for probe, tensors, e in zip(probes, found, eps, strict=True)
     ]
-
-
-class First(NamedTuple):
-    """What a first evaluation returned.
-
-    Attributes:
-        loss: Its loss.
-        scale: What makes raw gradients those of that loss.
-    """
-
-    loss: Tensor
-    scale: Tensor | float
-
-
-# What a second evaluation's loss may differ by without a cause, relative to its size: mixed precision rounds so much.
-_ROUNDED = 0.002
-
-
-def _own(
-    param: Tensor, before: dict[Tensor, Tensor], start: dict[Tensor, Tensor], own: dict[Tensor, Tensor] | None
-) -> Tensor | None:
-    """A tensor's gradient of the first evaluation alone."""
-    gradient = (before if own is None else own).get(param)
-    return gradient if gradient is None or own is not None or param not in start else gradient - start[param]
-
-
-@torch.no_grad()
-def _one_if_explained(
-    first: First,
-    value: Tensor,
-    gradients: Sequence[Tensor | None],
-    changes: Sequence[Tensor | None],
-    directions: Sequence[Tensor],
-    eps: Sequence[Tensor],
-) -> Tensor:
-    """1 if two losses are as close as the gradients at both say, with room for kinks; NaN if not.
-
-    A closure that draws from a generator of its own, or takes the next batch, gives losses of two functions. Of 250
-    measurements of small networks, float32 and bfloat16, this refused one, and of as many of other batches nine in ten.
-    """
-    most = value.new_zeros((), dtype=torch.float64)
-    for gradient, change, direction, e in zip(gradients, changes, directions, eps, strict=True):
-        if gradient is not None and change is not None:
-            for vector in (gradient.to(direction.dtype), 0.5 * change):
-                most += ((direction * vector).sum() * e).abs().to(most)
-    one, two = first.loss.detach().reshape(()).to(most), value.detach().reshape(()).to(most)
-    allowed = _ROUNDED * torch.maximum(one.abs(), two.abs()) + 2 * most * first.scale
-    return torch.where((two - one).abs() > allowed, torch.nan, 1.0).to(torch.float32)
 
 
 def gradients_alone(
@@ -264,6 +214,36 @@ def gradients_alone(
         with torch.enable_grad():
             evaluate()
         return _copies(leaves)  # DDP's may be views of buckets, which are written to again
+
+
+# Of their norm, by which gradients of one loss may differ: kernels may add up in another order, in half precision.
+_NOISE = 0.01
+
+
+def check_repeats(
+    gradients: dict[Tensor, Tensor],
+    evaluate: Callable[[], object],
+    replay: Replay,
+    leaves: Sequence[Tensor],
+    model: nn.Module | None,
+) -> bool:
+    """Check that one more evaluation, where the parameters stand, gives the gradients that the first one gave.
+
+    It reads numbers from the device, so it is for the first measurement alone. False where they are not finite.
+
+    Raises:
+        FailsAgainError: It gives others.
+    """
+    once_more = gradients_alone(evaluate, replay, leaves, model)
+    both = [leaf for leaf in gradients if leaf in once_more]
+    apart = sum(float((gradients[leaf] - once_more[leaf]).float().square().sum()) for leaf in both) ** 0.5
+    whole = sum(float(grad.float().square().sum()) for grad in gradients.values()) ** 0.5
+    if len(both) < len(gradients) or apart > _NOISE * whole:
+        raise FailsAgainError(
+            "evaluated again, the loss has other gradients. Finite differences need the same batch, augmentation "
+            "and masks each time: draw from torch's, numpy's or Python's shared random numbers, or before opt.step()"
+        )
+    return math.isfinite(apart)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from lwas_fast.errors import CurvatureError
+from lwas_fast.errors import CurvatureError, FailsAgainError
 
 # The error that autograd raises -> what the user called, and what to do about it besides finite differences.
 _NO_DOUBLE_BACKWARD = (
@@ -43,7 +43,7 @@ _NO_DOUBLE_BACKWARD = (
     ),
 )
 _NOT_IMPLEMENTED = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
+_OUT_OF_MEMORY = re.compile(r"(CUDA|HIP|MPS|XPU)\b.* out of memory|you tried to allocate")
 _FREED = re.compile(r"backward through the graph a second time|saved intermediate values of the graph")
 
 
@@ -66,7 +66,7 @@ def explain(error: Exception) -> CurvatureError | None:
     """
     text = str(error)
     if out_of_memory(error):
-        return CurvatureError(
+        return FailsAgainError(
             f"the curvature pass ran out of memory ({text.splitlines()[0] if text else type(error).__name__}). Use "
             'smaller micro-batches; or hvp="finite_difference" with opt.step(closure), which needs room for a copy of '
             "the weights and of the gradients, and none for a second derivative"

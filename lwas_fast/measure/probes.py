@@ -50,6 +50,7 @@ class Subject(NamedTuple):
         due: Numbers of the groups that are to be measured.
         window: The micro-batches before this one.
         model: What is followed, if anything is.
+        repeats: Whether a loss is known to have the same gradients when it is evaluated again.
     """
 
     layout: Layout
@@ -58,6 +59,7 @@ class Subject(NamedTuple):
     due: list[int]
     window: Window
     model: nn.Module | None = None
+    repeats: bool = False
 
 
 class Vectors(NamedTuple):
@@ -125,6 +127,7 @@ class Measurement(NamedTuple):
         products: For each probe, the Hessian times its directions.
         replicas: The processes whose products, each of its share of the batch, are to be averaged.
         failure: Why this process could not measure, while its replicas may have; then there are no products.
+        repeats: See `Subject`.
     """
 
     due: list[int]
@@ -132,6 +135,7 @@ class Measurement(NamedTuple):
     products: list[Products]
     replicas: ProcessGroup | None = None
     failure: Exception | None = None
+    repeats: bool = False
 
     @property
     def alone(self) -> bool:

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lwas_fast import shards
-from lwas_fast.errors import CurvatureError
+from lwas_fast.errors import CurvatureError, FailsAgainError
 from lwas_fast.interrupts import open_to_interrupts
 from lwas_fast.layers import check_dense
-from lwas_fast.measure.differences import First, Replay, by_differences, gradients_alone
+from lwas_fast.measure.differences import Replay, by_differences, check_repeats, gradients_alone
 from lwas_fast.measure.explain import explain, out_of_memory
 from lwas_fast.measure.probes import Measurement, Subject, Window, blank_probes, make_probes
 from lwas_fast.measure.products import by_autograd, leaves_of, refuse_cut_graph
@@ -332,8 +332,9 @@ def again(
 ) -> Measurement | Exception:
     """Measure by differences of gradients, where a first evaluation of a closure has left its own.
 
-    If all it lacks is memory, it gives an exception that says so, and everything is as the first evaluation left it.
-    Not in a distributed run, whose other processes wait for this one's numbers: there it raises that.
+    If all it lacks is memory, or the evaluations are not alike, it gives an exception that says so, and everything is
+    as the first evaluation left it. Not in a distributed run, whose other processes wait for this one's numbers: there
+    it raises what memory lacks, and does not find out the other.
 
     Args:
         subject: What is measured, and how.
@@ -348,6 +349,8 @@ def again(
     """
     try:
         return _again(subject, closure, loss, replay, scale, start or {}, accumulated, ddp, computed_in)
+    except FailsAgainError as error:
+        return error
     except Exception as error:
         if not out_of_memory(error) or talking_to(subject, ddp) or parallel.replicas() > 1:
             raise
@@ -374,7 +377,9 @@ def _again(
     leaves = list(dict.fromkeys(params + leaves_of(loss)))
     with span("curvature"):
         estimator, model = subject.how["curvature"], subject.model
-        own = None
+        own, same = None, subject.repeats
+        if not (same or accumulated or _meshes(subject)) and parallel.replicas() == 1:
+            same = check_repeats(gradients, lambda: evaluate(closure), replay, leaves, model)
         # A closure may have cleared shards' gradients in place, which leaves no trace on them.
         apart = accumulated and (reduced_together(subject, ddp) or bool(start and _meshes(subject)))
         if apart:
@@ -385,11 +390,8 @@ def _again(
         # As in `_measure`: of a window that was counted the descent is that of all its gradients.
         part = own if subject.window.micro_batches == 0 else None
         probes = make_probes(subject, gradients, of_gradients, scale, _joint(subject, loss, ddp), part)
-        # What other processes have in the gradients, this one's loss does not tell.
-        of_loss = scale / (subject.window.micro_batches + 1) if isinstance(scale, Tensor) else 1.0
-        first = First(loss, of_loss) if parallel.replicas() == 1 and not _meshes(subject) else None
         base, computed_in = own if apart else None, computed_in or shards.computed_in(model)
         products = by_differences(
-            probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base, computed_in, first
+            probes, lambda: evaluate(closure), replay, leaves, estimator, start, model, base, computed_in
         )
-    return Measurement(subject.due, probes, products)
+    return Measurement(subject.due, probes, products, repeats=same)

@@ -211,15 +211,21 @@ def samples(rule: Rule, group: dict[str, Any], state: State) -> str:
 
 @torch.no_grad()
 def holds(group: dict[str, Any], state: State, known: str | list[list[float]]) -> tuple[bool, bool]:
-    """Whether a group's parameters agree with samples of the weights to train on, and with those of the average."""
+    """Whether a group's parameters agree with samples of the weights to train on, and with those of the average.
+
+    To the last bit with one of them, or else to rounding, for they may have been cast meanwhile.
+    """
     places = _sampled(group, state)
     if isinstance(known, str):  # an earlier version saved a list
         known = json.loads(known)
     if len(places) != len(known):
         return False, False
     mine = torch.stack([_element(param, i).detach().cpu().double() for param, i in places])
-    eps = torch.tensor([2 * torch.finfo(param.dtype).eps for param, _ in places], dtype=torch.float64)
     both = torch.tensor(known, dtype=torch.float64).unbind(1)
+    exactly = [torch.equal(mine, other) for other in both]
+    if any(exactly):
+        return exactly[0], exactly[1]
+    eps = torch.tensor([2 * torch.finfo(param.dtype).eps for param, _ in places], dtype=torch.float64)
     first, second = (bool(((mine - other).abs() <= eps * other.abs() + 1e-30).all()) for other in both)
     return first, second
 

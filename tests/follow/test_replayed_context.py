@@ -37,8 +37,8 @@ def test_a_model_is_called_again_as_it_was(kind, half):
         out = model(torch.randn(8, 4))
     out.square().mean().backward()  # outside, as is usual
     opt.step()
-    first, second = model.calls
-    assert first == second
+    first, *others = model.calls
+    assert others == [first, first]  # whether it repeats, and at displaced weights
     assert first[:2] == (half is not None, half or torch.float32)
     assert opt.measured_by == "replay"
 
@@ -56,7 +56,7 @@ def test_the_second_call_leaves_the_random_stream_where_it_was(kind):
         out = model(torch.randn(8, 4))
         (out + torch.randn(8, 2)).square().mean().backward()
         found.append(torch.rand(4).tolist())
-        assert len(model.calls) == (2 if measured else 1)
+        assert len(model.calls) == (3 if measured else 1)
     assert found[0] == found[1]
 
 

@@ -1,4 +1,4 @@
-"""Closures that `step` evaluates twice: what they draw, and modules that other threads call meanwhile.
+"""Closures that `step` evaluates again: what they draw, and modules that other threads call meanwhile.
 
 Catches: a second evaluation with other random numbers, taken for curvature without a word; the user's random numbers
 moved by it; another thread's running statistics put back.
@@ -70,7 +70,7 @@ def test_what_the_second_evaluation_draws_besides_is_not_missed_later(tally, kin
 
             def more(draw: Callable[[], Tensor] = draw, calls: list[Tensor] = calls) -> Tensor:
                 calls.append(draw())
-                if len(calls) == 2:
+                if len(calls) > 1:
                     draw()
                 return calls[0]
 
@@ -79,7 +79,7 @@ def test_what_the_second_evaluation_draws_besides_is_not_missed_later(tally, kin
             after = draw()
             random.seed(0), np.random.seed(0), torch.manual_seed(0)
             draw()
-            row.held(len(calls) == 2 and torch.equal(after, draw()), f"{kind}, {name}: other numbers drawn later")
+            row.held(len(calls) == 3 and torch.equal(after, draw()), f"{kind}, {name}: other numbers drawn later")
 
 
 @KINDS
@@ -88,14 +88,14 @@ def test_generators_of_a_closures_own_are_told_of(tally, kind, curvature):
     task = Task(kind)
     task.opt._how["curvature"] = curvature
     own = np.random.default_rng(0)
-    with tally("closures that draw from a generator of their own: measurements refused, one warning") as row:
+    with tally("closures that draw from a generator of their own: no measurement, one warning") as row:
         with warned() as said:
             for _ in range(60):
                 task.step(lambda: torch.from_numpy(own.integers(0, 512, 64)))
-        about = [w for w in said if "losses of other batches" in str(w.message)]
+        about = [w for w in said if "other gradients" in str(w.message)]
         row.held(len(about) == 1, f"{kind}: {len(about)} warnings")
         counts = task.opt.diagnostics().values()
-        row.held(all(c["nonfinite"] > 2 * c["refreshes"] for c in counts), f"{kind}: {counts}")
+        row.held(all(c["refreshes"] == 0 for c in counts), f"{kind}: {counts}")
 
 
 @KINDS
