@@ -51,7 +51,10 @@ def _let_go() -> None:
             del _waiting[number]
         while _came:
             number, frame = _came.pop(0)
-            if callable(handler := _signal.getsignal(number)):
+            handler = _signal.getsignal(number)
+            if handler is _note:  # somebody saved it inside, and put it back: there is no other
+                continue
+            if callable(handler):
                 handler(number, frame)
             else:  # it was set inside
                 _signal.raise_signal(number)

@@ -43,6 +43,19 @@ def test_groups_may_carry_keys_of_the_users_own(kind):
     assert opt.param_groups[0]["tag"] == "head"
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+@EACH
+def test_an_lr_that_no_step_can_take_is_refused_in_mid_training(kind, value):
+    model, (batch,) = small_net(torch.float32), batches(1, torch.float32)
+    opt = OPTIMIZERS[kind](model.parameters())
+    opt.step(usual(opt, model, batch))
+    before = [p.clone() for p in model.parameters()]
+    opt.param_groups[0]["lr"] = value
+    with pytest.raises(ValueError, match="lr=.*is not valid"):
+        opt.step(usual(opt, model, batch))
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_a_number_is_no_string():
     for name in ("lr", "eps", "weight_decay", "cap", "warmup_rate"):
         with pytest.raises(ValueError, match=f"{name}='1e-8' is not valid: it must be"):

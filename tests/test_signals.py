@@ -5,11 +5,13 @@ Catches: a signal lost, a handler that stays exchanged, one that another replace
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 
 import pytest
 
+from lwas_fast import interrupts
 from lwas_fast.interrupts import _waiting, open_to_interrupts, whole
 
 USR1, USR2 = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGUSR2"))
@@ -101,3 +103,45 @@ def test_other_threads_do_nothing(came):
     thread.start()
     thread.join()
     assert held == [False]
+
+
+def test_a_handler_that_raises_where_the_users_code_would_run_leaves_the_rest_whole(came):
+    """Or a second Ctrl-C would come in the middle of what puts everything back."""
+
+    def raising(number, _):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(USR1, raising)
+    undone = []
+    with pytest.raises(KeyboardInterrupt), whole():
+        signal.raise_signal(USR1)
+        try:
+            with open_to_interrupts():
+                undone.append("the user's code ran")
+        finally:
+            signal.raise_signal(USR2)
+            undone.append(list(came))
+    assert undone == [[]]
+    assert came == [USR2]
+
+
+def test_a_handler_that_was_saved_inside_and_put_back_later_is_none_of_ours(came):
+    with whole():
+        saved = signal.getsignal(USR1)
+    mine = signal.signal(USR1, saved)
+    with whole():
+        signal.raise_signal(USR1)  # nothing handles it; that must not go on for ever
+    signal.signal(USR1, mine)
+    assert came == [] and not _waiting
+    interrupts._came.clear()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_of_a_process_in_the_middle_of_a_step_has_its_own_handlers(came):
+    with whole():
+        signal.raise_signal(USR1)  # the parent's
+        if (child := os.fork()) == 0:
+            signal.raise_signal(USR2)
+            os._exit(0 if came == [USR2] and not _waiting else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert came == [USR1]

@@ -140,6 +140,32 @@ def fails(who, how, rank):
     return rates, said, [p.detach() for p in model.parameters()], opt.measured_by
 
 
+def fails_once_in_a_window(rank):
+    """One rank's measurement of the first of two micro-batches fails; the second is measured by both, or by none."""
+    model = small_net()
+    opt = AdamWLW(model, update_every=5)
+    parallel, works, calls = DistributedDataParallel(model), routes.by_autograd, []
+
+    def measure(*arguments):
+        calls.append(1)
+        if rank == 0 and len(calls) == 1:
+            raise torch.OutOfMemoryError("no more")
+        return works(*arguments)
+
+    routes.by_autograd = measure
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for x, y in batches(3):
+                opt.zero_grad()
+                for half in (slice(0, 8), slice(8, 16)):
+                    loss_of(parallel, (x[half], y[half])).backward()
+                opt.step()
+    finally:
+        routes.by_autograd = works
+    return opt.rates(), [p.detach() for p in model.parameters()]
+
+
 def own_groups(rank):
     """Each process trains a model of its own, and only one of them takes more steps."""
     groups = [torch.distributed.new_group([k]) for k in range(2)]
@@ -200,6 +226,7 @@ MADE = [(name, made) for name in MODES for made in MADE_WITH]
 SCENARIOS = {f"{name}, {made}": partial(mode, name, made) for name, made in MADE}
 SCENARIOS |= {"branches": branches, "bad batch": bad_batch, "own groups": own_groups, "joined": joined, "apart": apart}
 FAILS = [(who, how) for who in ((0,), (1,), (0, 1)) for how in ("autograd", "replay")]
+SCENARIOS |= {"fails once in a window": fails_once_in_a_window}
 SCENARIOS |= {f"fails {who} {how}": partial(fails, who, how) for who, how in FAILS}
 
 
@@ -267,6 +294,12 @@ def test_a_rank_that_cannot_measure_keeps_nobody_waiting(of_both, who, how):
             assert len(said) == 1 and "another process could not measure" in said[0]
         else:
             assert len(said) == told and all("no more" in message for message in said), said
+
+
+def test_a_rank_that_lacks_memory_once_goes_on_measuring_with_the_others(of_both):
+    (rates, one), (same, two) = of_both("fails once in a window")
+    assert rates == same
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_processes_that_train_apart_do_not_talk(of_both):

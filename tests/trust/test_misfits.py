@@ -54,6 +54,8 @@ MISFITS = {
     "version is a word": (group(state_version="new"), "version new"),
     **{f"no {name}": (without(name), f"group 0 of the saved state lacks '{name}'.*another checkpoint")
        for name in ("steps", "next_refresh")},
+    "lr is NaN": (group(lr=float("nan")), "lr=nan in parameter group 0 of the saved state is not valid"),
+    "cap is a word": (group(cap="wide"), "cap='wide' in parameter group 0 of the saved state is not valid"),
     "no columns": (without("state_columns"), "layer of parameter .* has shape .*must have"),
     "no layer names": (without("layer_names"), "is not of .*no layers.*Load the model's weights"),
     "too few layer names": (lambda s: s["param_groups"][0]["layer_names"].pop(), "5 layer_names, but must have 6"),
