@@ -213,8 +213,8 @@ class LayerwiseOptimizer(WithAverage):
         Args:
             closure: Clears the gradients, evaluates the loss, calls backward and returns the loss, or None if there is
                 none. If a measurement is due and it did not measure itself (by the loss of a followed model, or by
-                `backward`), it is called a second time at displaced parameters (finite differences); it must use the
-                same batch both times.
+                `backward`), it is called again at displaced parameters (finite differences), before the first
+                measurement also where they stand. It must use the same batch each time.
 
         Returns:
             What the closure returned.
@@ -222,6 +222,7 @@ class LayerwiseOptimizer(WithAverage):
         Raises:
             TypeError: The closure returned neither a tensor nor None, or a gradient is sparse. Nothing has been
                 updated.
+            ValueError: An option of a group is out of range, or a parameter has another shape than at its last step.
             RuntimeError: ``fused=True``, and the compiled update cannot serve; or `eval` was called, but not `train`.
                 Nothing has been updated.
         """
