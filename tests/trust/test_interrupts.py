@@ -8,6 +8,7 @@ Catches: a step taken by half, weights left displaced, a grad mode, a handler or
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from trust.whole import CASES, EACH_CASE, QUICK, Run, equal, interrupted, points_of
 
 from lwas_fast import interrupts
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not tell where handlers are")
 
 # What is interrupted: how to come to it (given a fresh run), and the call. `due` is whether the curvature is measured.
 CALLS: dict[str, tuple[Callable[[Run], object], Callable[[Run], object]]] = {
