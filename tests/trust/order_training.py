@@ -99,6 +99,8 @@ class Training(Program):
         refused |= {"no grad", "no graph"} if not any(p.requires_grad for p in self.model.parameters()) else set()
         if form == "own" and not self.trained:
             refused |= {"average", "evaluated"}
+        if self.followed and not self.model.training:  # the closure's call of the model puts the average into it
+            refused.add("evaluated")
         self.may_move = True
         try:
             result = self.attempt(lambda: self.opt.step(closure), *refused)
