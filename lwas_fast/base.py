@@ -82,13 +82,10 @@ class WithLayers(Optimizer):
         layout = self._layout
         if layout.fits():
             return layout
-        self._recast()
-        return self._layout
-
-    def _recast(self) -> None:
-        self._layout.recast()
+        layout.recast()
         self._forget_layout()
         self._now.measured = None
+        return self._layout
 
     def rates(self) -> dict[str, float]:
         """Each layer's present rate, as measured (`diagnostics` tells what was applied: after gain, cap, `lr`, ramp).

@@ -21,16 +21,11 @@ from lwas_fast.shards import local, mesh_of
 from lwas_fast.state import VERSION, columns_of
 from lwas_fast.update import ROUNDED, TRAINED
 
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 # What a group says of itself besides its options: whether a value can be, and what it must be.
 _GROUP: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "steps": (_count, "an integer, at least 0"),
-    "next_refresh": (_count, "an integer, at least 0"),
-    "last_refresh": (lambda value: value is None or _count(value), "None or an integer, at least 0"),
+    "steps": options.integer(0),
+    "next_refresh": options.integer(0),
+    "last_refresh": options.or_none(options.integer(0)),
     "train_mode": (lambda value: isinstance(value, bool), "True or False"),
     "share": (lambda value: value is None or (isinstance(value, float) and 0 <= value < 1), "None or less than 1"),
 }
@@ -58,7 +53,7 @@ def check(rule: Rule, groups: Groups, saved: Any) -> None:
         if len(mine["params"]) != len(theirs["params"]):
             return  # torch's own message is about to come
         version = theirs.get("state_version", 1)
-        if not _count(version) or version > VERSION:
+        if not _GROUP["steps"][0](version) or version > VERSION:
             raise ValueError(
                 f"the saved state is of version {version}, and this lwas_fast reads versions up to {VERSION}: "
                 "load it with the newer lwas_fast that saved it"

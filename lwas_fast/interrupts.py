@@ -72,8 +72,8 @@ if hasattr(os, "register_at_fork"):  # another thread may fork while a step is t
     os.register_at_fork(after_in_child=_in_child)
 
 
-def _holds() -> bool:
-    return bool(_waiting) and threading.current_thread() is threading.main_thread()
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class whole:  # noqa: N801 - a context, as torch.no_grad is
@@ -83,7 +83,7 @@ class whole:  # noqa: N801 - a context, as torch.no_grad is
         self._ours = (
             not torch.compiler.is_compiling()  # a trace has no signals
             and not _waiting
-            and threading.current_thread() is threading.main_thread()
+            and _in_main_thread()
         )
         if self._ours:
             _hold()
@@ -97,7 +97,7 @@ class open_to_interrupts:  # noqa: N801
     """Inside, which is inside `whole`, handlers are called as ever: for the user's own code."""
 
     def __enter__(self) -> None:
-        self._ours = _holds()
+        self._ours = bool(_waiting) and _in_main_thread()
         if self._ours:
             try:
                 _let_go()

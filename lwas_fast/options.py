@@ -81,14 +81,17 @@ def _number(low: float, high: float = math.inf, *, open_low: bool = False, open_
     return check, f"a number {bounds}"
 
 
-def _integer(low: int) -> Any:
+def integer(low: int) -> Any:
+    """An integer of at least so much, as an entry of `RANGES`."""
+
     def check(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
     return check, f"an integer, at least {low}"
 
 
-def _or_none(rule: Any) -> Any:
+def or_none(rule: Any) -> Any:
+    """The same entry of `RANGES`, or None."""
     check, allowed = rule
     return lambda value: value is None or check(value), f"None or {allowed}"
 
@@ -109,11 +112,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (_betas, "a pair of numbers, each at least 0 and less than 1"),
     "eps": _number(0, math.inf, open_low=True, open_high=True),
     "weight_decay": _number(0, math.inf, open_high=True),
-    "update_every": _or_none(_integer(1)),
-    "cap": _or_none(_number(0, open_low=True)),
-    "warmup_steps": _integer(0),
+    "update_every": or_none(integer(1)),
+    "cap": or_none(_number(0, open_low=True)),
+    "warmup_steps": integer(0),
     "warmup_rate": _number(0, math.inf, open_high=True),
-    "ramp_steps": _integer(0),
+    "ramp_steps": integer(0),
     "schedule_free": _one_of(True, False),
     "maximize": _one_of(True, False),
     "foreach": _one_of(None, True, False),

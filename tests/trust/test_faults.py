@@ -18,9 +18,6 @@ import torch
 from torch import Tensor
 from trust.whole import CASES, EACH_CASE, QUICK, FailAt, Run, equal, warned
 
-MODES = pytest.mark.parametrize(
-    "case", ["sgd-momentum-plain", "sgd-defaults", "adamw-defaults-followed", "adamw-momentum"]
-)
 ROUTES: dict[str, Callable[[Run], object]] = {
     "backward": lambda run: (run.backward(), run.opt.step()),
     "closure": lambda run: run.opt.step(run.closure),

@@ -21,20 +21,9 @@ from trust.whole import CASES, EACH_CASE, Run, warned
 BAD = (math.nan, math.inf, -math.inf)
 
 
-class BadCurvature(torch.autograd.Function):
-    """Leaves values and gradients as they are; what is differentiated through the gradient is multiplied."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _TimesOnTheWayBack.apply(gradient, ctx.factor), None
-
-
 class _TimesOnTheWayBack(torch.autograd.Function):
+    """Leaves values as they are; gradients are multiplied."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
@@ -43,6 +32,14 @@ class _TimesOnTheWayBack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient * ctx.factor, None
+
+
+class BadCurvature(_TimesOnTheWayBack):
+    """Leaves values and gradients as they are; what is differentiated through the gradient is multiplied."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _TimesOnTheWayBack.apply(gradient, ctx.factor), None
 
 
 def first_element(gradient: Tensor, value: float) -> Tensor:

@@ -185,12 +185,11 @@ class FailAt(TorchDispatchMode):
 
     def __init__(self, operation: int, error: type[Exception] = torch.OutOfMemoryError):
         super().__init__()
-        self.left, self.count, self.error = operation, 0, error
+        self.left, self.error = operation, error
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:  # into memory that is there: what all restoring comes down to
             return func(*args, **(kwargs or {}))
-        self.count += 1
         self.left -= 1
         if self.left == -1:
             raise self.error(f"out of memory, planted at {func}" if self.failed_for_memory else f"planted at {func}")

@@ -6,7 +6,8 @@ hands it torch's tensors (see `test_mutants.py`).
 """
 
 from planted import faults, measure, rates, training, update
-from planted.compiled import BINDINGS, CPP
+from planted.bindings import BINDINGS
+from planted.compiled import CPP
 from planted.fault import Fault
 
 PYTHON = {**measure.FAULTS, **rates.FAULTS, **update.FAULTS, **training.FAULTS, **faults.FAULTS}
