@@ -1,6 +1,6 @@
 """Train PyTorch models without a learning rate.
 
-:class:`AdamWLW` and :class:`SGDLW` measure the curvature of the loss along each layer's own descent
+:class:`MuonLW`, :class:`AdamWLW` and :class:`SGDLW` measure the curvature of the loss along each layer's own descent
 direction and turn it into that layer's step size in closed form.
 
     >>> import torch
@@ -31,10 +31,20 @@ if importlib.machinery.PathFinder.find_spec("lwas_fast.triton_kernels", __path__
 from lwas_fast.adamw import AdamWLW
 from lwas_fast.errors import CurvatureError
 from lwas_fast.follow import refresh_norms
+from lwas_fast.muon import MuonLW
 from lwas_fast.plots import plot_rates
 from lwas_fast.sgd import SGDLW
 from lwas_fast.update import averaged
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["SGDLW", "AdamWLW", "CurvatureError", "__version__", "averaged", "plot_rates", "refresh_norms"]
+__all__ = [
+    "SGDLW",
+    "AdamWLW",
+    "CurvatureError",
+    "MuonLW",
+    "__version__",
+    "averaged",
+    "plot_rates",
+    "refresh_norms",
+]

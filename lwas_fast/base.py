@@ -80,6 +80,8 @@ class WithLayers(Optimizer):
     def _fitting_layout(self) -> Layout:
         """The layout, after somebody may have cast parameters."""
         layout = self._layout
+        if self.rule.whole:
+            layout.check_whole(self.rule.name)
         if layout.fits():
             return layout
         layout.recast()

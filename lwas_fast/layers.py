@@ -244,6 +244,20 @@ class Layout:
                     "or drop its entry of opt.state"
                 )
 
+    def check_whole(self, optimizer: str) -> None:
+        """Refuse sharded parameters, of which no process has all that a direction needs.
+
+        Raises:
+            ValueError: Names the parameter and the optimizer.
+        """
+        for bucket in self.buckets:
+            if bucket.mesh is not None:
+                i = next(i for i, p in enumerate(self.groups[bucket.group]["params"]) if p is bucket.params[0])
+                raise ValueError(
+                    f"parameter {parameter_name(self.groups[bucket.group], i)} is distributed, and {optimizer} "
+                    "orthogonalizes whole matrices: take AdamWLW, or DistributedDataParallel instead of sharding"
+                )
+
     def recast(self) -> None:
         """Have states follow parameters that somebody cast or moved in mid-training; then lay out anew."""
         self.check_shapes()

@@ -28,11 +28,11 @@ from bench.quality.muon import MuonWithAdamW
 from bench.quality.problem import Problem
 from bench.quality.schedule_free_plus import RefinedScheduleFree, ScheduleFreePlus
 from bench.quality.schedules import RECIPES, SCHEDULES, scheduler
-from lwas_fast import SGDLW, AdamWLW, averaged
+from lwas_fast import SGDLW, AdamWLW, MuonLW, averaged
 from lwas_fast.optimizer import LayerwiseOptimizer
 
 Factory = Callable[..., Optimizer]
-OURS = ("adamwlw", "sgdlw")
+OURS = ("muonlw", "adamwlw", "sgdlw")
 SWEPT = {  # two a decade; where a task had its best rate at an end, rates beyond were run on it by name
     "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
@@ -103,6 +103,7 @@ def _ours(kind: type[LayerwiseOptimizer]) -> Factory:
 
 _MANY, _FREE = "pytorch_optimizer", "schedulefree"
 RULES = {
+    "muonlw": Rule(_ours(MuonLW), modes=True),
     "adamwlw": Rule(_ours(AdamWLW), modes=True),
     "sgdlw": Rule(_ours(SGDLW), modes=True),
     "adamw": Rule(_torch(torch.optim.AdamW)),

@@ -57,6 +57,7 @@ def control(rule: Rule, group: dict[str, Any]) -> Control:
     cap, decay = float(rule.cap(group)), float(group["weight_decay"]) if rule.decoupled else 0.0  # of tensors, too
     largest = cap / decay if decay > 0 else math.inf
     longer = gain(rule.share(group), group["steps"]) if group["schedule_free"] else 1.0
+    longer *= rule.persistence(group)
     return Control(warming, group["warmup_rate"], longer, ramp, cap, largest)
 
 
