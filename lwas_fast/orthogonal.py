@@ -63,7 +63,8 @@ def _rounds(matrices: Tensor) -> Tensor:
         return matrices
     # The same on the small side alone, of a wide one much less work: all factors are polynomials of the first product
     # and commute. In bfloat16 what rounding leaves of it below 0 would grow.
-    gram, factors = matrices @ matrices.mT, []
+    gram = matrices @ matrices.mT
+    factors: list[Tensor] = []
     for k in range(ROUNDS):
         gram = factors[-1] @ gram @ factors[-1] if k else gram
         factors.append(torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C))
