@@ -18,7 +18,7 @@ PYTHON=${PYTHON:-python3}
 SHORT=(build tests update step sanitizer rates training)
 REST=(step_rest profile scaling quality)
 ALL=("${SHORT[@]}" "${REST[@]}")
-declare -A LIMITS=([build]=150 [tests]=100 [sanitizer]=90 [training]=75 [step]=120 [scaling]=90 [quality]=240)
+declare -A LIMITS=([build]=150 [tests]=100 [sanitizer]=90 [training]=90 [step]=150 [scaling]=90 [quality]=240)
 
 chosen=("$@")
 case "${chosen[*]:-all}" in
@@ -96,7 +96,7 @@ stage_training() {
     return
   fi
   $PYTHON -m bench.quality.run --full --steps 400 --tasks vgg11 --seeds 0 --out "$STAGES/training" \
-    --optimizers adamwlw,adamw:lr=1e-3
+    --optimizers muonlw,adamwlw,adamw:lr=1e-3
   cat "$STAGES"/training/*.csv
 }
 
@@ -106,7 +106,7 @@ stage_quality() { # data in the folder LWAS_FAST_DATA
     return
   fi
   $PYTHON -m bench.quality.run --full --steps 1500 --tasks vgg11,resnet --seeds 0 --out "$STAGES/quality" \
-    --optimizers adamwlw,sgdlw,adamw:lr=1e-3,sgd:lr=1e-1
+    --optimizers muonlw,adamwlw,sgdlw,adamw:lr=1e-3,sgd:lr=1e-1
   cat "$STAGES"/quality/*.csv
 }
 

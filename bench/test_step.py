@@ -1,4 +1,6 @@
-"""Whole training steps: AdamWLW against torch's fused AdamW, SGDLW against fused SGD, forward and backward included.
+"""Whole training steps, MuonLW and AdamWLW against torch's fused AdamW, SGDLW against fused SGD.
+
+Forward and backward are included.
 
 Both sides train models of their own from equal weights, in turns. Ours measures every fifth step here, so that steps
 with and without a measurement are timed in one run; from the two kinds follows the mean over any schedule, which
@@ -27,7 +29,7 @@ import torch
 from models import MODELS, Problem
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lwas_fast import SGDLW, AdamWLW, optimizer
+from lwas_fast import SGDLW, AdamWLW, MuonLW, optimizer
 from lwas_fast.measure import routes
 from lwas_fast.rates import refresh
 from lwas_fast.update import step as steps
@@ -36,6 +38,7 @@ CUDA = torch.cuda.is_available()
 PAIRS, EVERY, STEPS, LONG = 60, 5, 500, 5000
 INTERVALS = (1, 2, 5, 10, 20, 50, 100)
 RULES = {
+    "Muon": (MuonLW, lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True)),  # in whose place it is taken
     "AdamW": (AdamWLW, lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True)),
     "SGD-m": (SGDLW, lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, fused=True)),
 }

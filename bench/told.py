@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-OURS = {"AdamW": "AdamWLW", "SGD-m": "SGDLW"}  # in place of torch's
+OURS = {"Muon": "MuonLW", "AdamW": "AdamWLW", "SGD-m": "SGDLW"}  # in place of torch's
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

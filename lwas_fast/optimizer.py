@@ -22,7 +22,7 @@ from lwas_fast.weights import WithAverage
 
 
 class LayerwiseOptimizer(WithAverage):
-    """What `SGDLW` and `AdamWLW` share: layers, measurements, guards and PyTorch's optimizer interface.
+    """What `MuonLW`, `AdamWLW` and `SGDLW` share: layers, measurements, guards and PyTorch's optimizer interface.
 
     Every so many steps the curvature of the loss along each layer's own descent direction is measured and
     turned into that layer's rate; in between rates are held. All of this but ``curvature``, ``hvp``, ``seed`` and
@@ -120,8 +120,8 @@ class LayerwiseOptimizer(WithAverage):
 
         Gradient accumulation: pass ``last=False`` for every micro-batch but the last. The last one's curvature is
         measured along the direction of all accumulated gradients, and counts for all. Gradients may be clipped or
-        unscaled between `backward` and `step`. SGDLW's step is shorter by clipping; AdamWLW's is not, if gradients are
-        clipped at each step, for its directions have a length that does not depend on it.
+        unscaled between `backward` and `step`. SGDLW's step is shorter by clipping; MuonLW's is not, nor AdamWLW's if
+        gradients are clipped at each step, for their directions have a length that does not depend on it.
 
         Args:
             loss: A scalar with its graph; or a callable that returns it, which ``hvp="finite_difference"`` needs

@@ -21,7 +21,7 @@ HVP_MODES = ("autograd", "finite_difference")
 
 
 class Common(TypedDict, total=False):
-    """The keywords that both optimizers share; `LayerwiseOptimizer` says what each does."""
+    """The keywords that all optimizers share; `LayerwiseOptimizer` says what each does."""
 
     update_every: int | None
     weight_decay_on: str

@@ -1,7 +1,7 @@
 """What an optimizer says of itself to the rooms that measure and update, and the values it works on.
 
-A rule is the whole difference between `SGDLW` and `AdamWLW`: the state it keeps, the direction it measures along and
-steps along, and how its weight decay acts. `adamw.py` and `sgd.py` have one each.
+A rule is the whole difference between `MuonLW`, `AdamWLW` and `SGDLW`: the state it keeps, the direction it measures
+along and steps along, and how its weight decay acts. `muon.py`, `adamw.py` and `sgd.py` have one each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small CNN trained with AdamWLW, no learning rate given, beside AdamW: ``python -m examples.demo`` in a clone.
+"""A small CNN trained with MuonLW, no learning rate given, beside AdamW: ``python -m examples.demo`` in a clone.
 
 Both start from the same weights and see the same batches; AdamW takes its default learning rate, 1e-3, and no
 schedule. It ends with a table of what was measured and a picture of the losses and of each layer's rate. One
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from examples.demo.data import HOW_TO_GET, NAMES, Images, load_images, places
 from examples.demo.model import SmallCNN
-from lwas_fast import AdamWLW, refresh_norms
+from lwas_fast import MuonLW, refresh_norms
 
 if TYPE_CHECKING:
     from examples.demo.report import Bars, Run
@@ -31,7 +31,7 @@ QUICK_STEPS, WARM_UP_STEPS = 60, 3
 BATCHES_FOR_NORM = 50
 EVALUATED = 10_000  # images of the training set on which the training loss is measured at the end
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "AdamWLW": AdamWLW,
+    "MuonLW": MuonLW,
     "AdamW (lr=1e-3)": lambda model: torch.optim.AdamW(model.parameters()),
 }
 
@@ -41,12 +41,12 @@ def take_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, x: T
     start = time.perf_counter()
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
-    measures = isinstance(optimizer, AdamWLW) and optimizer.curvature_due
+    measures = isinstance(optimizer, MuonLW) and optimizer.curvature_due
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     value = loss.item()  # waits for the device, so the time is that of the whole step
     run.add_step(value, time.perf_counter() - start)
-    if isinstance(optimizer, AdamWLW) and measures:  # rates() waits too, and until the next measurement they stay
+    if isinstance(optimizer, MuonLW) and measures:  # rates() waits too, and until the next measurement they stay
         run.add_rates(optimizer.rates(), optimizer.diagnostics())
 
 
@@ -111,7 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo",
-        description="Train a small CNN with AdamWLW, no learning rate given, and with AdamW beside it.",
+        description="Train a small CNN with MuonLW, no learning rate given, and with AdamW beside it.",
     )
     parser.add_argument("--data", choices=NAMES, default="auto", help="Fashion-MNIST if found, else digits")
     parser.add_argument("--path", type=Path, help="folder of Fashion-MNIST's files")

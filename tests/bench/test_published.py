@@ -61,7 +61,7 @@ SMALL = {
 def test_every_workload_takes_two_steps_with_ours_and_its_recipe(name, made_up):
     workload = workloads.WORKLOADS[name]
     task = dataclasses.replace(workload.task, make=SMALL[name])
-    for base in ("adamwlw", *workload.recipe):
+    for base in ("muonlw", "adamwlw", *workload.recipe):
         problem = task.build(0, name.endswith("full"))
         trainer = Trainer(published.in_recipe(base, workload), problem, task.steps, task.weight_decay)
         assert all(math.isfinite(trainer.step().item()) for _ in range(2))
@@ -149,7 +149,7 @@ def test_an_optimizer_has_the_recipes_options_but_for_those_given():
     assert asked("adamw:betas=(0.8,0.9),schedule=constant") == "adamw:betas=(0.8,0.9),lr=0.001"
     assert asked("adamwlw") == "adamwlw" and asked("sgd:lr=1") == "sgd:lr=1"
     default = published.parse(["nanogpt"])
-    assert [name.base for name in default.optimizers] == ["adamw", "adamwlw", "sgdlw"]
+    assert [name.base for name in default.optimizers] == ["adamw", "muonlw", "adamwlw", "sgdlw"]
 
 
 def test_what_is_for_a_gpu_is_refused_without_full(capsys):
@@ -166,7 +166,7 @@ def test_one_command_trains_writes_and_compares(tmp_path, made_up, capsys):
     published.main(command)
     runs = store.read(tmp_path / "gcn.csv")
     assert sorted((str(r.name), r.seed) for r in runs) == [
-        (name, seed) for name in ("adamw:lr=0.01", "adamwlw", "sgdlw") for seed in (0, 1)
+        (name, seed) for name in ("adamw:lr=0.01", "adamwlw", "muonlw", "sgdlw") for seed in (0, 1)
     ]
     assert {(r.weight_decay, r.steps, r.full) for r in runs} == {(0.0, 3, False)}
     told = capsys.readouterr().out

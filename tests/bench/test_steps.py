@@ -149,7 +149,7 @@ def test_the_table_shows_the_worst_first_and_losses_bold():
 
 def test_the_readme_hides_no_loss():
     made = pages.tables(results.load(store.OUT), pages.ROOT / "bench" / "results")
-    for name in ("results", "steps schedule-free", "steps sgdlw"):
+    for name in ("results", "steps schedule-free", "steps muon", "steps adamwlw", "steps sgdlw"):
         _, _, *lines, last = made[name]()
         values = [float(line.split("|")[3].split("±")[0].strip(" *")) for line in lines]
         assert values == sorted(values) and len(lines) <= 20

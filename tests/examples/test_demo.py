@@ -36,7 +36,7 @@ def test_quick_run_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:
         assert row, done.stdout
         accuracy, test_loss, train_loss, *_ = map(float, row.groups())
         assert 50 < accuracy <= 100 and 0 < test_loss < 2 and 0 < train_loss < 2  # chance: 10 % and 2.3
-    assert re.search(r"AdamWLW: step 60 of 60, loss [\d.]+, rates \de[-+]\d\d to \de[-+]\d\d", done.stdout)
+    assert re.search(r"MuonLW: step 60 of 60, loss [\d.]+, rates \de[-+]\d\d to \de[-+]\d\d", done.stdout)
     picture = out.read_bytes()
     assert picture.startswith(b"\x89PNG") and 20_000 < len(picture) < 1_000_000
     assert int.from_bytes(picture[16:20], "big") > 1000  # its width in pixels
