@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from reference import ReferenceAdamWLW, ReferenceSGDLW
+from reference import ReferenceAdamWLW, ReferenceMuonLW, ReferenceSGDLW
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lwas_fast import SGDLW, AdamWLW
+from lwas_fast import SGDLW, AdamWLW, MuonLW
 
 OPTIMIZERS = {"sgd": SGDLW, "adamw": AdamWLW}
+ALL = {**OPTIMIZERS, "muon": MuonLW}  # for tests that look at directions, states or the plain update
 COMPILED = {kind: cls for kind, cls in OPTIMIZERS.items() if cls.rule.operator is not None}
-REFERENCES = {"sgd": ReferenceSGDLW, "adamw": ReferenceAdamWLW}
+REFERENCES = {"sgd": ReferenceSGDLW, "adamw": ReferenceAdamWLW, "muon": ReferenceMuonLW}
 
 # With momentum the package's defaults differ between the optimizers, and the reference's do not.
 MOMENTUM: dict[str, Any] = {"schedule_free": False, "cap": 0.1, "ramp_steps": 0}
@@ -50,7 +51,13 @@ OWN_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "no_betas": {"betas": (0.0, 0.0), "update_every": 2},
         "large_eps": {"eps": 1e-1, "update_every": 2},
     },
+    "muon": {
+        "betas": {"betas": (0.8, 0.9), "update_every": 2},
+        "no_betas": {"betas": (0.0, 0.0), "update_every": 2},
+    },
 }
+# MuonLW's update is the plain one that others' rows run through: it has those rows in which its own formulas act.
+PART = {"muon": ("defaults", "blocks", "momentum", "momentum_decay", "decay_of_matrices", "warmup", "maximize")}
 MODES = ("defaults", "momentum")  # what state is kept
 FEW = (*MODES, "blocks")  # and one product or one a layer
 # Dynamo of torch 2.11 cannot trace an object of ours that a step makes; 2.12 was not tried.
@@ -63,9 +70,9 @@ BETWEEN = ("every_step", "blocks_every_step", "warmup", "ramp")  # no branch tha
 
 
 def rows_of(kind: str, *only: str, but: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """An optimizer's rows: these, or where none is named all, but for some."""
-    rows = {**OPTIONS, **OWN_OPTIONS[kind]}
-    return {name: rows[name] for name in only or rows if name not in but}
+    """Those of these rows that an optimizer has, or where none is named all, but for some."""
+    rows = {name: OPTIONS[name] for name in PART.get(kind, OPTIONS)} | OWN_OPTIONS[kind]
+    return {name: row for name, row in rows.items() if name not in but and (not only or name in only)}
 
 
 def each_case(*only: str, but: tuple[str, ...] = (), kinds: Iterable[str] = OPTIMIZERS) -> pytest.MarkDecorator:
@@ -96,16 +103,22 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(out if out.dtype == torch.float64 else out.float(), y)
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers: modules with parameters of their own."""
+    return [m for m in model.modules() if list(m.parameters(recurse=False))]
+
+
 def layer_vectors(model: nn.Module) -> list[Tensor]:
-    """The layers (named modules with parameters) as flat float64 vectors."""
-    modules = [m for m in model.modules() if list(m.parameters(recurse=False))]
-    return [torch.cat([p.detach().double().flatten() for p in m.parameters(recurse=False)]) for m in modules]
+    """The layers as flat float64 vectors."""
+    return [torch.cat([p.detach().double().flatten() for p in m.parameters(recurse=False)]) for m in layers_of(model)]
 
 
 def reference_of(kind: str, model: nn.Module, **options: Any) -> Any:
     """The reference optimizer of a model's layers, from where the model stands."""
     only_matrices = options.pop("weight_decay_on", "all") == "matrices"
     reference = REFERENCES[kind](layer_vectors(model), **options)
+    if kind == "muon":
+        reference.shapes = [[p.shape for p in m.parameters(recurse=False)] for m in layers_of(model)]
     if only_matrices:
         kept = [p.clone() for p in model.parameters()]
         with torch.no_grad():

@@ -14,7 +14,7 @@ import warnings
 import cases
 import pytest
 import torch
-from cases import FEW, OPTIMIZERS, batches, each_case, layer_vectors, loss_of, small_net, train
+from cases import ALL, FEW, OPTIMIZERS, batches, each_case, layer_vectors, loss_of, small_net, train
 from reference import ReferenceAdamWLW
 from torch import nn
 
@@ -22,6 +22,7 @@ from lwas_fast import SGDLW, AdamWLW
 from lwas_fast.measure.probes import draw_signs
 
 EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
+EVERY = pytest.mark.parametrize("kind", ALL)
 
 
 def assert_same(one: nn.Module, two: nn.Module) -> None:
@@ -29,17 +30,17 @@ def assert_same(one: nn.Module, two: nn.Module) -> None:
         assert torch.equal(a, b)
 
 
-@each_case(*FEW, "warmup_and_ramp")
+@each_case(*FEW, "warmup_and_ramp", kinds=ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resumes_bit_for_bit(kind, options, dtype, tmp_path):
     data = batches(14, dtype)
     unbroken = small_net(dtype)
-    opt = OPTIMIZERS[kind](unbroken.named_parameters(), **options)
+    opt = ALL[kind](unbroken.named_parameters(), **options)
     train(opt, unbroken, data[:7])
     torch.save((unbroken.state_dict(), opt.state_dict()), tmp_path / "saved.pt")
     train(opt, unbroken, data[7:])
     resumed = small_net(dtype, seed=9)
-    new = OPTIMIZERS[kind](resumed.named_parameters(), **options)
+    new = ALL[kind](resumed.named_parameters(), **options)
     weights, state = torch.load(tmp_path / "saved.pt")
     resumed.load_state_dict(weights)
     new.load_state_dict(state)
@@ -48,13 +49,13 @@ def test_resumes_bit_for_bit(kind, options, dtype, tmp_path):
     assert new.diagnostics() == opt.diagnostics()
 
 
-@EACH
+@EVERY
 def test_float32_state_survives_a_bf16_model(kind):
     model = small_net(torch.float32)
-    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt = ALL[kind](model.named_parameters())
     train(opt, model, batches(3, torch.float32))
     half = small_net(torch.bfloat16)
-    new = OPTIMIZERS[kind](half.named_parameters())
+    new = ALL[kind](half.named_parameters())
     new.load_state_dict(opt.state_dict())
     for p, q in zip(model.parameters(), half.parameters(), strict=True):
         for name, value in opt.state[p].items():
@@ -92,12 +93,12 @@ def test_state_goes_through_distributed_checkpoint(kind, tmp_path, flat):
     assert_same(model, new_model)
 
 
-@EACH
+@EVERY
 def test_frozen_parameters_and_late_groups(kind):
     model = small_net()
     model[0].requires_grad_(False)
     frozen = model[0].weight.clone()
-    opt = OPTIMIZERS[kind](list(model[2].named_parameters(prefix="2")) + list(model[0].named_parameters(prefix="0")))
+    opt = ALL[kind](list(model[2].named_parameters(prefix="2")) + list(model[0].named_parameters(prefix="0")))
     train(opt, model, batches(3))
     opt.add_param_group({"params": list(model[4].named_parameters(prefix="4")), "update_every": 2})
     assert opt.curvature_due
@@ -107,13 +108,13 @@ def test_frozen_parameters_and_late_groups(kind):
     assert counts == {"2": 1, "0": 0, "4": 2}
 
 
-@EACH
+@EVERY
 def test_a_nan_batch_costs_only_that_refresh(kind):
     data = batches(6)
     found = []
     for poisoned in (False, True):
         model = small_net()
-        opt = OPTIMIZERS[kind](model.named_parameters(), update_every=1, ramp_steps=0)
+        opt = ALL[kind](model.named_parameters(), update_every=1, ramp_steps=0)
         train(opt, model, data[:3])
         if poisoned:
             before = layer_vectors(model)
@@ -149,10 +150,10 @@ def test_bad_options_are_named(kind, option, value):
         OPTIMIZERS[kind](small_net().named_parameters(), **{option: value})
 
 
-@EACH
+@EVERY
 def test_errors_come_before_changes(kind):
     model = small_net()
-    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt = ALL[kind](model.named_parameters())
     batch = batches(1)[0]
     before = layer_vectors(model)
     with pytest.raises(ValueError, match="scalar"):
@@ -160,7 +161,7 @@ def test_errors_come_before_changes(kind):
     with pytest.raises(TypeError, match="must return the loss as a tensor"):
         opt.step(lambda: 3.0)
     with pytest.raises(ValueError, match="complex"):
-        OPTIMIZERS[kind]([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
+        ALL[kind]([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
     loss = loss_of(model, batch)
     loss.backward()
     opt.zero_grad()
@@ -170,19 +171,19 @@ def test_errors_come_before_changes(kind):
     with pytest.raises(RuntimeError, match="last=False"):
         opt.backward(loss_of(model, batch))
     wrong = opt.state_dict()
-    other = OPTIMIZERS[kind](small_net().parameters())
+    other = ALL[kind](small_net().parameters())
     with pytest.raises(ValueError, match="other layers"):
         other.load_state_dict(wrong)
     assert all(torch.equal(a, b) for a, b in zip(before, layer_vectors(model), strict=True))
 
 
-@EACH
+@EVERY
 def test_accumulation_equals_the_joint_batch_when_micro_batches_are_alike(kind):
     batch = batches(1)[0]
     found = []
     for parts in (1, 3):
         model = small_net()
-        opt = OPTIMIZERS[kind](model.named_parameters(), update_every=1)
+        opt = ALL[kind](model.named_parameters(), update_every=1)
         for _ in range(5):
             opt.zero_grad()
             for part in range(parts):
@@ -193,12 +194,12 @@ def test_accumulation_equals_the_joint_batch_when_micro_batches_are_alike(kind):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@EACH
+@EVERY
 def test_grad_scaler_changes_nothing(kind):
     found = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         model = small_net()
-        opt = OPTIMIZERS[kind](model.named_parameters(), update_every=2)
+        opt = ALL[kind](model.named_parameters(), update_every=2)
         for batch in batches(6):
             opt.zero_grad()
             opt.backward(loss_of(model, batch), scaler=scaler)

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, loss_of, small_net, take_step
+from cases import ALL, OPTIMIZERS, batches, loss_of, small_net, take_step
 from torch.nn import functional as F
 
 ROUTES = ("backward", "closure", "accumulated", "scaler")
@@ -21,7 +21,7 @@ def trained(kind, route, options, change):
     """The weights after 40 steps on a changed loss, with an eps that no gradient comes near."""
     model = small_net(torch.float32)
     own = {"eps": 1e-30, "weight_decay": 0.1} if kind == "adamw" else {}
-    opt = OPTIMIZERS[kind](model.named_parameters(), **own, **options)
+    opt = ALL[kind](model.named_parameters(), **own, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=15)
     for batch in batches(40, torch.float32):
 
@@ -54,8 +54,11 @@ def test_a_factor_of_the_loss_changes_no_bit(kind, route, fused):
         assert torch.equal(trained(kind, route, {"fused": fused}, lambda loss, s=factor: s * loss), plain)
 
 
-@pytest.mark.parametrize("options", [{"curvature": "blocks"}, {"schedule_free": False}], ids=str)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+IN_OTHER_MODES = [(kind, mode) for kind in OPTIMIZERS for mode in ({"curvature": "blocks"}, {"schedule_free": False})]
+IN_OTHER_MODES += [("muon", {}), ("muon", {"schedule_free": False})]
+
+
+@pytest.mark.parametrize(("kind", "options"), IN_OTHER_MODES, ids=str)
 def test_nor_does_it_in_other_modes(kind, options):
     plain = trained(kind, "backward", options, lambda loss: loss)
     for factor in FACTORS:
