@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from lwas_fast import CurvatureError
+from lwas_fast import CurvatureError, MuonLW
 
 
 def divided(rank):
@@ -173,6 +173,15 @@ def refused(rank):
     mixed = [("one.a", model[0].weight), ("one.b", nn.Parameter(torch.zeros(3, dtype=torch.float64)))]
     with pytest.raises(ValueError, match="'one' has tensors on cpu, distributed over .* and on cpu; give them"):
         OPTIMIZERS["adamw"](mixed).rates()
+    for parallel in (sharded(), shard(small_net(), (), reshard_after_forward=False)):
+        opt = MuonLW(parallel.named_parameters())
+        before = [whole(p).clone() for p in parallel.parameters()]
+        loss_of(parallel, batches(1)[0]).backward()
+        for call in (opt.step, lambda: opt.backward(loss_of(parallel, batches(1)[0]))):  # noqa: B023
+            with pytest.raises(ValueError, match="'0.weight' is distributed, and MuonLW .* take AdamWLW"):
+                call()
+        assert not opt.state and opt.param_groups[0]["steps"] == 0
+        assert all(map(torch.equal, before, map(whole, parallel.parameters())))
 
 
 def long(rank):

@@ -239,7 +239,7 @@ def test_a_share_that_schedulers_cycle_mixes_anew(kind):
     for k, batch in enumerate(data):
         share = 0.9 - 0.05 * (k % 4)
         if "betas" in opt.defaults:
-            opt.param_groups[0]["betas"] = ref.hyper.betas = (share, 0.999)
+            opt.param_groups[0]["betas"] = ref.hyper.betas = (share, 0.5 if kind == "muon" else 0.999)
         else:
             opt.param_groups[0]["momentum"] = ref.hyper.momentum = share
         ref.step(loss_of_vectors(model, batch), z=draw_signs(0, k, len(ref.W)))
