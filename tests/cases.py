@@ -71,6 +71,7 @@ BETWEEN = ("every_step", "blocks_every_step", "warmup", "ramp")  # no branch tha
 
 def rows_of(kind: str, *only: str, but: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
     """Those of these rows that an optimizer has, or where none is named all, but for some."""
+    assert {*only} <= {*OPTIONS, *OWN_OPTIONS[kind]}, only
     rows = {name: OPTIONS[name] for name in PART.get(kind, OPTIONS)} | OWN_OPTIONS[kind]
     return {name: row for name, row in rows.items() if name not in but and (not only or name in only)}
 

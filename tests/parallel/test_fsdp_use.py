@@ -180,6 +180,10 @@ def refused(rank):
         for call in (opt.step, lambda: opt.backward(loss_of(parallel, batches(1)[0]))):  # noqa: B023
             with pytest.raises(ValueError, match="'0.weight' is distributed, and MuonLW .* take AdamWLW"):
                 call()
+        followed = MuonLW(parallel)
+        with pytest.raises(ValueError, match="'0.weight' is distributed"):
+            loss_of(parallel, batches(1)[0]).backward()
+        followed.unfollow()
         assert not opt.state and opt.param_groups[0]["steps"] == 0
         assert all(map(torch.equal, before, map(whole, parallel.parameters())))
 
