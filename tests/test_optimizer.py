@@ -14,15 +14,14 @@ import warnings
 import cases
 import pytest
 import torch
-from cases import ALL, FEW, OPTIMIZERS, batches, each_case, layer_vectors, loss_of, small_net, train
+from cases import ALL, FEW, batches, each_case, layer_vectors, loss_of, small_net, train
 from reference import ReferenceAdamWLW
 from torch import nn
 
 from lwas_fast import SGDLW, AdamWLW
 from lwas_fast.measure.probes import draw_signs
 
-EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
-EVERY = pytest.mark.parametrize("kind", ALL)
+EACH = pytest.mark.parametrize("kind", ALL)
 
 
 def assert_same(one: nn.Module, two: nn.Module) -> None:
@@ -49,7 +48,7 @@ def test_resumes_bit_for_bit(kind, options, dtype, tmp_path):
     assert new.diagnostics() == opt.diagnostics()
 
 
-@EVERY
+@EACH
 def test_float32_state_survives_a_bf16_model(kind):
     model = small_net(torch.float32)
     opt = ALL[kind](model.named_parameters())
@@ -76,7 +75,7 @@ def test_state_goes_through_distributed_checkpoint(kind, tmp_path, flat):
     how = StateDictOptions(flatten_optimizer_state_dict=flat)
     data = batches(10)
     model = small_net()
-    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=3)
+    opt = ALL[kind](model.named_parameters(), update_every=3)
     train(opt, model, data[:5])
     new_model = copy.deepcopy(model)
     with warnings.catch_warnings():
@@ -84,7 +83,7 @@ def test_state_goes_through_distributed_checkpoint(kind, tmp_path, flat):
         checkpoint.save(
             {"opt": get_optimizer_state_dict(model, opt, options=how)}, checkpoint_id=tmp_path, no_dist=True
         )
-        new = OPTIMIZERS[kind](new_model.named_parameters(), update_every=3)
+        new = ALL[kind](new_model.named_parameters(), update_every=3)
         state = {"opt": get_optimizer_state_dict(new_model, new, options=how)}
         checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
         set_optimizer_state_dict(new_model, new, state["opt"], options=how)
@@ -93,7 +92,7 @@ def test_state_goes_through_distributed_checkpoint(kind, tmp_path, flat):
     assert_same(model, new_model)
 
 
-@EVERY
+@EACH
 def test_frozen_parameters_and_late_groups(kind):
     model = small_net()
     model[0].requires_grad_(False)
@@ -108,7 +107,7 @@ def test_frozen_parameters_and_late_groups(kind):
     assert counts == {"2": 1, "0": 0, "4": 2}
 
 
-@EVERY
+@EACH
 def test_a_nan_batch_costs_only_that_refresh(kind):
     data = batches(6)
     found = []
@@ -132,7 +131,7 @@ def test_a_nan_batch_costs_only_that_refresh(kind):
 @EACH
 def test_plain_backward_of_a_model_not_followed_warns_again_at_ten_times_the_age(kind):
     model = small_net()
-    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=2)
+    opt = ALL[kind](model.named_parameters(), update_every=2)
     with pytest.warns(UserWarning, match=rf"{type(opt).__name__}\(model\)") as caught:
         losses = train(opt, model, batches(12) * 3, how="plain")
     assert [str(w.message).split(" steps")[0].split()[-1] for w in caught] == ["2", "20"]
@@ -147,10 +146,10 @@ def test_plain_backward_of_a_model_not_followed_warns_again_at_ten_times_the_age
 )
 def test_bad_options_are_named(kind, option, value):
     with pytest.raises(ValueError, match=f"^{option}="):
-        OPTIMIZERS[kind](small_net().named_parameters(), **{option: value})
+        ALL[kind](small_net().named_parameters(), **{option: value})
 
 
-@EVERY
+@EACH
 def test_errors_come_before_changes(kind):
     model = small_net()
     opt = ALL[kind](model.named_parameters())
@@ -177,7 +176,7 @@ def test_errors_come_before_changes(kind):
     assert all(torch.equal(a, b) for a, b in zip(before, layer_vectors(model), strict=True))
 
 
-@EVERY
+@EACH
 def test_accumulation_equals_the_joint_batch_when_micro_batches_are_alike(kind):
     batch = batches(1)[0]
     found = []
@@ -194,7 +193,7 @@ def test_accumulation_equals_the_joint_batch_when_micro_batches_are_alike(kind):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@EVERY
+@EACH
 def test_grad_scaler_changes_nothing(kind):
     found = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):

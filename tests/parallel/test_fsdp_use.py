@@ -173,19 +173,28 @@ def refused(rank):
     mixed = [("one.a", model[0].weight), ("one.b", nn.Parameter(torch.zeros(3, dtype=torch.float64)))]
     with pytest.raises(ValueError, match="'one' has tensors on cpu, distributed over .* and on cpu; give them"):
         OPTIMIZERS["adamw"](mixed).rates()
-    for parallel in (sharded(), shard(small_net(), (), reshard_after_forward=False)):
-        opt = MuonLW(parallel.named_parameters())
-        before = [whole(p).clone() for p in parallel.parameters()]
-        loss_of(parallel, batches(1)[0]).backward()
-        for call in (opt.step, lambda: opt.backward(loss_of(parallel, batches(1)[0]))):  # noqa: B023
-            with pytest.raises(ValueError, match="'0.weight' is distributed, and MuonLW .* take AdamWLW"):
+
+
+def whole_only(rank):
+    """What MuonLW says of sharded parameters, before anything has changed."""
+    said = []
+    for follows in (True, False):
+        model, batch = sharded(), batches(1)[0]
+        opt = MuonLW(model if follows else model.named_parameters())
+        before = [whole(p).clone() for p in model.parameters()]
+
+        def backward(model=model, opt=opt, follows=follows, batch=batch):
+            loss = loss_of(model, batch)
+            loss.backward() if follows else opt.backward(loss)
+
+        for call in (backward, opt.step):
+            try:
                 call()
-        followed = MuonLW(parallel)
-        with pytest.raises(ValueError, match="'0.weight' is distributed"):
-            loss_of(parallel, batches(1)[0]).backward()
-        followed.unfollow()
+            except ValueError as error:
+                said.append(str(error))
         assert not opt.state and opt.param_groups[0]["steps"] == 0
-        assert all(map(torch.equal, before, map(whole, parallel.parameters())))
+        assert all(map(torch.equal, before, map(whole, model.parameters())))
+    return said
 
 
 def long(rank):
@@ -227,7 +236,7 @@ def copied(rank):
 
 SCENARIOS = {"not finite": not_finite, "bad batch": bad_batch, "evaluated": evaluated, "told": told, "half": half}
 SCENARIOS |= {"refused": refused, "sharded later": sharded_later, "beside": beside, "long": long, "copied": copied}
-SCENARIOS |= {"divided": divided}
+SCENARIOS |= {"divided": divided, "whole only": whole_only}
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +305,12 @@ def test_a_model_that_is_sharded_after_the_optimizer_was_made(of_all):
 
 def test_what_cannot_be_is_refused(of_all):
     of_all("refused")
+
+
+def test_muon_refuses_shards(of_all):
+    for said in of_all("whole only"):
+        assert len(said) == 4
+        assert all("'0.weight' is distributed, and MuonLW" in message for message in said)
 
 
 def test_parameters_of_deepspeed_are_refused():

@@ -15,7 +15,6 @@ import torch
 from cases import (
     ALL,
     COMPILED,
-    OPTIMIZERS,
     batches,
     layer_vectors,
     loss_of,
@@ -29,8 +28,7 @@ from lwas_fast import SGDLW, AdamWLW
 from lwas_fast.measure.probes import draw_signs
 from lwas_fast.update import extension
 
-EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
-EVERY = pytest.mark.parametrize("kind", ALL)
+EACH = pytest.mark.parametrize("kind", ALL)
 FIXED = {"warmup_steps": 10**9, "warmup_rate": 0.05, "ramp_steps": 0, "cap": math.inf}
 
 
@@ -67,7 +65,7 @@ def test_at_a_fixed_rate_it_is_schedule_free_as_its_authors_have_it(kind, decay)
     assert_close(values(mine), values(other), 1e-10)
 
 
-@EVERY
+@EACH
 def test_the_average_is_the_mean_of_the_iterates(kind):
     model = small_net()
     opt = ALL[kind](model.named_parameters(), update_every=3)
@@ -86,7 +84,7 @@ def test_the_average_is_the_mean_of_the_iterates(kind):
         assert_close(values(model), weights, 1e-14)
 
 
-@EVERY
+@EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_modes_are_taken_twice_without_effect_and_undone(kind, dtype):
     model = small_net(dtype)
@@ -124,7 +122,7 @@ def test_training_on_with_the_average_is_refused_and_changes_nothing(kind):
     train(opt, model, data)
 
 
-@EVERY
+@EACH
 def test_saved_with_the_average_it_goes_on_as_if_it_had_not_been(kind):
     model, data = small_net(), batches(12)
     opt = ALL[kind](model.named_parameters(), update_every=4)
@@ -187,7 +185,7 @@ def test_a_group_added_while_the_average_is_in_waits_for_train_too():
     train(opt, model, batches(3))
 
 
-@EVERY
+@EACH
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_the_average_goes_where_the_weights_go(kind, dtype, fused):
@@ -231,7 +229,7 @@ def test_in_half_precision_the_iterate_makes_the_move_that_is_left(fused):
         torch.testing.assert_close(opt.state[w]["offset"].double(), iterate - average, rtol=1e-4, atol=1e-6)
 
 
-@EVERY
+@EACH
 def test_a_share_that_schedulers_cycle_mixes_anew(kind):
     model, data = small_net(), batches(15)
     opt = ALL[kind](model.named_parameters(), update_every=3)
