@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -54,8 +55,18 @@ def orthogonalized(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _rounds(matrices: Tensor) -> Tensor:
-    """Bring singular values of wide matrices (K, m, n), in (0, 1], to about 1."""
-    for _ in range(ROUNDS):
-        gram = matrices @ matrices.mT
-        matrices = torch.baddbmm(matrices, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), matrices, beta=_A)
-    return matrices
+    """Bring singular values of matrices (K, m, n), m <= n, in (0, 1], to about 1."""
+    if matrices.dtype == torch.bfloat16 or matrices.shape[2] < 2 * matrices.shape[1]:
+        for _ in range(ROUNDS):
+            gram = matrices @ matrices.mT
+            matrices = torch.baddbmm(matrices, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), matrices, beta=_A)
+        return matrices
+    # The same on the small side alone, of a wide one much less work: all factors are polynomials of the first product
+    # and commute. In bfloat16 what rounding leaves of it below 0 would grow.
+    gram = matrices @ matrices.mT
+    factors: list[Tensor] = []
+    for k in range(ROUNDS):
+        gram = factors[-1] @ gram @ factors[-1] if k else gram
+        factors.append(torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C))
+        factors[-1].diagonal(dim1=1, dim2=2).add_(_A)
+    return reduce(torch.matmul, (*factors, matrices))

@@ -40,7 +40,7 @@ HEADLINE = {  # the tasks of steps to the same loss, which are in the order of t
     "mixer": "MLP-Mixer, 3000 steps",
 }
 ADAMW = tuple(f"adamw, best {schedule}" for schedule in SCHEDULES)
-SCHEDULE_FREE = {"Schedule-Free": steps.RIVALS["adamwlw"]["Schedule-Free"]}
+SCHEDULE_FREE, MUON = ({kind: steps.RIVALS["muonlw"][kind]} for kind in ("Schedule-Free", "Muon"))
 
 
 def tables(found: Found, results: Path) -> dict[str, Callable[[], list[str]]]:
@@ -49,8 +49,10 @@ def tables(found: Found, results: Path) -> dict[str, Callable[[], list[str]]]:
     plain = without_variants(rows)
     short = {row: plain[row] for row in (*ADAMW, *OURS) if row in plain}
     return {
-        "results": lambda: steps.table("adamwlw", plain, HEADLINE),
-        "steps schedule-free": lambda: steps.table("adamwlw", plain, HEADLINE, SCHEDULE_FREE),
+        "results": lambda: steps.table("muonlw", plain, HEADLINE),
+        "steps schedule-free": lambda: steps.table("muonlw", plain, HEADLINE, SCHEDULE_FREE),
+        "steps muon": lambda: steps.table("muonlw", plain, HEADLINE, MUON),
+        "steps adamwlw": lambda: steps.table("adamwlw", plain, HEADLINE),
         "steps sgdlw": lambda: steps.table("sgdlw", plain, HEADLINE),
         "costs": lambda: costs.short(results / "step-cpu.json"),
         "step": lambda: costs.steps(results / "step-cpu.json"),
@@ -63,13 +65,16 @@ def tables(found: Found, results: Path) -> dict[str, Callable[[], list[str]]]:
         "accuracy": lambda: finals("accuracy", plain, MAIN),
         "test": lambda: finals("test", plain, [task for task in MAIN if task.startswith("ae_")]),
         "seconds": lambda: finals("seconds", plain, MAIN),
+        "against muonlw": lambda: against("muonlw", plain, MAIN),
         "against adamwlw": lambda: against("adamwlw", plain, MAIN),
         "against sgdlw": lambda: against("sgdlw", plain, MAIN),
+        "equal time muonlw": lambda: equal_time("muonlw", plain, MAIN),
         "equal time adamwlw": lambda: equal_time("adamwlw", plain, MAIN),
         "equal time sgdlw": lambda: equal_time("sgdlw", plain, MAIN),
         "more tasks": lambda: sizes(found, MORE),
         "more train": lambda: finals("train", short, MORE),
         "more accuracy": lambda: finals("accuracy", short, MORE),
+        "more against muonlw": lambda: against("muonlw", short, MORE),
         "more against adamwlw": lambda: against("adamwlw", short, MORE),
         "more against sgdlw": lambda: against("sgdlw", short, MORE),
         "scale adamwlw": lambda: variants("adamwlw", rows, found, lambda options: options == {"times"}),

@@ -30,8 +30,10 @@ from bench.quality.store import Run, checked
 from bench.quality.tables import NAMES, decimals, markdown
 
 Kinds = Mapping[str, tuple[str, ...]]  # of rivals: the optimizers that count as one
+_OF_ALL: Kinds = {"AdamW": ("adamw",), "Schedule-Free": ("sf_adamw", "sf_plus"), "Muon": ("muon",)}
 RIVALS: dict[str, Kinds] = {
-    "adamwlw": {"AdamW": ("adamw",), "Schedule-Free": ("sf_adamw", "sf_plus"), "Muon": ("muon",)},
+    "muonlw": _OF_ALL,
+    "adamwlw": _OF_ALL,
     "sgdlw": {"SGD-m": ("sgd",)},
 }
 LEAST = 1e-30  # a loss of 0 has no logarithm

@@ -27,7 +27,8 @@ NAMES = {
     "adamw": "AdamW", "sgd": "SGD-m", "sf_adamw": "Schedule-Free AdamW", "sf_sgd": "Schedule-Free SGD",
     "shampoo": "Shampoo", "kfac": "KFAC", "adahessian": "AdaHessian", "sophia_h": "Sophia-H", "prodigy": "Prodigy",
     "muon": "Muon + AdamW", "sf_refined": "Refined Schedule-Free AdamW", "sf_plus": "ScheduleFree+",
-    "dadapt_adam": "D-Adaptation Adam", "dog": "DoG", "adamwlw": "AdamWLW", "sgdlw": "SGDLW",
+    "dadapt_adam": "D-Adaptation Adam", "dog": "DoG", "muonlw": "MuonLW", "adamwlw": "AdamWLW",
+    "sgdlw": "SGDLW",
 }  # fmt: skip
 SCHEDULED = {"cosine": "cosine", "warmup": "warm-up", "warmup_cosine": "warm-up and cosine"}
 METRICS = {
