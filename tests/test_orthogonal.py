@@ -14,7 +14,21 @@ from reference import orthogonal
 
 from lwas_fast.orthogonal import orthogonalized
 
-SHAPES = [(), (1,), (7,), (1, 5), (5, 1), (3, 8), (8, 3), (4, 4), (6, 3, 2, 2), (2, 3, 4), (1, 3, 2, 2), (5, 1, 1, 1)]
+SHAPES = [
+    (),
+    (1,),
+    (7,),
+    (1, 5),
+    (5, 1),
+    (3, 4),
+    (3, 8),
+    (8, 3),
+    (4, 4),
+    (6, 3, 2, 2),
+    (2, 3, 4),
+    (1, 3, 2, 2),
+    (5, 1, 1, 1),
+]
 EMPTY = [(0,), (0, 3), (3, 0), (2, 0, 3)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -55,7 +69,7 @@ def test_shape_and_dtype_stay_and_inputs_too(shape, dtype):
         assert 0.6 < found.double().norm() / math.sqrt(rank * max(tensor.numel() // rank, rank)) < 1.3
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(5, 5), (4, 9), (9, 4), (30, 40)])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 5), (4, 9), (9, 4), (30, 40), (20, 90)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_singular_values_become_alike_and_vectors_stay(rows, columns, dtype):
     matrix = moderate(rows, columns, dtype)
@@ -66,6 +80,15 @@ def test_singular_values_become_alike_and_vectors_stay(rows, columns, dtype):
     # U p(S) V: with the matrix's own it is symmetric, on either side.
     for product in (matrix @ found.T, matrix.T @ found):
         torch.testing.assert_close(product, product.T, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 50), (40, 200), (200, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_matrix_of_low_rank_is_not_filled_with_rounding(rows, columns, dtype):
+    """Rounding is a 1e-7th, and the rounds lengthen what is short 500 times at most."""
+    matrix = drawn((rows, 2)) @ drawn((2, columns), seed=1)
+    values = torch.linalg.svdvals(orth(matrix.to(dtype)).double()) / math.sqrt(max(rows, columns))
+    assert 0.6 < values[1] and values[0] < 1.3 and values[2] < 500 * torch.finfo(dtype).eps, values[:4]
 
 
 def test_a_vector_has_its_direction_and_the_length_of_ones():
