@@ -31,8 +31,8 @@ _GROUP: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _GROUP |= {"replays": _GROUP["train_mode"], "micro_batches": _GROUP["steps"]}
 _NEEDED = ("steps", "next_refresh")  # the others are not in all states, and have defaults
-# By these a state's optimizer is known: an option that all its versions have and the other never had; torch's state.
-_OWN = ("betas", "momentum")
+# By these a state's optimizer is known: an option that all its versions have and another never had; torch's state.
+_OWN = ("betas", "momentum", "eps")
 _TORCHS = {"exp_avg": "Adam or AdamW", "momentum_buffer": "SGD", "square_avg": "RMSprop", "sum": "Adagrad"}
 _RATES = ("average", "weight", "loss")  # of a row, what must be finite
 
@@ -78,12 +78,15 @@ def _partition(names: list[str]) -> list[int]:
 
 def _check_optimizer(rule: Rule, mine: Mapping[str, Any], theirs: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
     lacks = [name for name in _OWN if name in mine and name not in theirs]
+    has = [name for name in _OWN if name in theirs and name not in mine]
     if "layer_names" not in theirs:
         kept = {name for entry in state.values() if isinstance(entry, Mapping) for name in entry}
         known = next((f" (they are those of torch's {torchs})" for name, torchs in _TORCHS.items() if name in kept), "")
         why = f"its groups have no layers{known}"
     elif lacks:
         why = f"its groups have no {lacks[0]}"
+    elif has:
+        why = f"its groups have {has[0]}"
     else:
         return
     raise ValueError(

@@ -31,7 +31,7 @@ def orthogonalized(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     # First, or squares of small elements would be lost. Of a tensor without elements there is no such norm.
     sizes = [torch.zeros_like(t.sum()) if t.numel() == 0 else torch.linalg.vector_norm(t, math.inf) for t in tensors]
-    torch._foreach_clamp_min_(sizes, torch.finfo(torch.float32).tiny)
+    torch._foreach_clamp_min_(sizes, [torch.finfo(size.dtype).tiny for size in sizes])
     scaled = torch._foreach_div(list(tensors), sizes)
     found: dict[int, Tensor] = {}
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}

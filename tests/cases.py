@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from reference import ReferenceAdamWLW, ReferenceSGDLW
+from reference import ReferenceAdamWLW, ReferenceMuonLW, ReferenceSGDLW
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lwas_fast import SGDLW, AdamWLW
+from lwas_fast import SGDLW, AdamWLW, MuonLW
 
 OPTIMIZERS = {"sgd": SGDLW, "adamw": AdamWLW}
+ALL = {**OPTIMIZERS, "muon": MuonLW}  # for tests that look at directions, states or the plain update
 COMPILED = {kind: cls for kind, cls in OPTIMIZERS.items() if cls.rule.operator is not None}
-REFERENCES = {"sgd": ReferenceSGDLW, "adamw": ReferenceAdamWLW}
+REFERENCES = {"sgd": ReferenceSGDLW, "adamw": ReferenceAdamWLW, "muon": ReferenceMuonLW}
 
 # With momentum the package's defaults differ between the optimizers, and the reference's do not.
 MOMENTUM: dict[str, Any] = {"schedule_free": False, "cap": 0.1, "ramp_steps": 0}
@@ -49,6 +50,10 @@ OWN_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "betas": {"betas": (0.5, 0.8), "update_every": 2},
         "no_betas": {"betas": (0.0, 0.0), "update_every": 2},
         "large_eps": {"eps": 1e-1, "update_every": 2},
+    },
+    "muon": {
+        "betas": {"betas": (0.8, 0.9), "update_every": 2},
+        "no_betas": {"betas": (0.0, 0.0), "update_every": 2},
     },
 }
 MODES = ("defaults", "momentum")  # what state is kept
@@ -96,16 +101,22 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(out if out.dtype == torch.float64 else out.float(), y)
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers: modules with parameters of their own."""
+    return [m for m in model.modules() if list(m.parameters(recurse=False))]
+
+
 def layer_vectors(model: nn.Module) -> list[Tensor]:
-    """The layers (named modules with parameters) as flat float64 vectors."""
-    modules = [m for m in model.modules() if list(m.parameters(recurse=False))]
-    return [torch.cat([p.detach().double().flatten() for p in m.parameters(recurse=False)]) for m in modules]
+    """The layers as flat float64 vectors."""
+    return [torch.cat([p.detach().double().flatten() for p in m.parameters(recurse=False)]) for m in layers_of(model)]
 
 
 def reference_of(kind: str, model: nn.Module, **options: Any) -> Any:
     """The reference optimizer of a model's layers, from where the model stands."""
     only_matrices = options.pop("weight_decay_on", "all") == "matrices"
     reference = REFERENCES[kind](layer_vectors(model), **options)
+    if kind == "muon":
+        reference.shapes = [[p.shape for p in m.parameters(recurse=False)] for m in layers_of(model)]
     if only_matrices:
         kept = [p.clone() for p in model.parameters()]
         with torch.no_grad():

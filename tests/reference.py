@@ -2,7 +2,12 @@
 
 After Bahamou & Goldfarb, arXiv 2305.13664 (its published summary). Of a layer λ = 1..L: W weights, g
 gradient, m, v moments, H_λλ block of the Hessian, n updates with this one; k steps before; γ weight decay. β₁ is SGD's
-momentum.
+momentum. Muon is like AdamW but for its direction; P_β is its alone:
+
+    d  = −orth(β₂m⁺ + (1−β₂)g), m⁺ = β₂m + (1−β₂)g, wherever g's direction or m̂'s stands below; of each tensor
+    orth of (a, b), both > 1: X ← M/‖M‖; five times X ← 3.4445X − 4.775Y + 2.0315XXᵀY, Y = XXᵀX; √max(a, b) X
+    orth of n numbers in a row: √n M/‖M‖; 0 of 0. In a step elements of g that are not finite count as m's
+    P_β = √((1−β₂²)² + β₂⁴(1−β₂)/(1+β₂)), by which G is multiplied; 1 where nothing was measured yet
 
     ρ = −⟨g, d⟩   δ² = ⟨d, H_λλ d⟩ (+ γ‖d‖², SGD)   t = ρ / (δ (δ + (M/2) ρ)) / P,  M = ρ/(δ⟨F⟩); P below, 1 for given M
     F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d and P = 1
@@ -19,23 +24,23 @@ down, from 10 to 100, on the raw gradient, before any state changes (SGD: g ← 
     β  = exp(−T/rate_horizon), 0 for a horizon of 0; it is max(100, 5T), T the steps since the last refresh
     ⟨F⟩ = mean of |F| over refreshes, this one too: (βD + (1−β)|F|)/(βw + (1−β)), D kept as E is; x = ρ²/(δ²⟨F⟩) ≤ 100,
     so t = ρ/δ²/(1 + x/2)/P, P = max(1, Σ x/(1 + x/2)) over all layers: unless x is cut, the tρ add up to ⟨F⟩ at most
-    t ← min(t, max_growth · rate), max_growth = 100; AdamW: then E ← min(E, 10tw)
+    t ← min(t, max_growth · rate), max_growth = 100; AdamW, Muon: then E ← min(E, 10tw)
     E ← βE + (1−β)t        w ← βw + (1−β)     rate = E/w      (E, w start at 0, rate at warmup_rate)
 
 Every step, with the gradient as it then stands (clipped, accumulated):
 
-    v ← v⁺                      a = cap · max(‖W‖, 0.01√N)/‖d‖    (AdamW, γ > 0: at most cap/γ)
+    v ← v⁺                      a = cap · max(‖W‖, 0.01√N)/‖d‖    (decoupled γ > 0: at most cap/γ)
     s = min(G rate, b), b being a of the step before with ℓ for ‖d‖, but a in the first; s ← a if s > 1.25a
     ℓ ← min(ℓ, 4‖d‖), then ℓ² ← .8 ℓ² + .2 min(‖d‖, 2ℓ)²; in the first ℓ ← ‖d‖
     r = s · lr · min(1, (k − warmup_steps + 1)/ramp_steps)             (warm-up: warmup_rate for G rate, no ramp)
 
     schedule-free (Defazio et al., arXiv 2405.15682; Z = X = W at the start):    d = −Dg
     G = 1/√(1−β₁+β₁/(k+1)), but 1 where nothing was measured yet
-    Z ← Z + rd (SGD)            Z ← Z + r(d − γW) (AdamW)
+    Z ← Z + rd (SGD)            Z ← Z + r(d − γW) (AdamW, Muon)
     X ← X + (Z − X)/n           W ← β₁X + (1−β₁)Z
 
     with momentum:              m ← β₁m + (1−β₁)g    m̂ = m/(1−β₁ⁿ)    d = −Dm̂    G = 1
-    W ← W + rd (SGD)            W ← (1 − rγ)W + rd (AdamW)
+    W ← W + rd (SGD)            W ← (1 − rγ)W + rd (AdamW, Muon)
 
 NaN, Inf and ρ ≤ 0 leave a layer's statistics alone. An element whose squared gradient is not
 finite is left alone and no part of ‖d‖; n counts updates that leave any element alive. From the summary: ρ, δ²,
@@ -94,7 +99,7 @@ class Hyper:
 
     lr: float = 1.0
     momentum: float = 0.9  # SGD only
-    betas: tuple[float, float] = (0.9, 0.99)  # AdamW only
+    betas: tuple[float, float] = (0.9, 0.99)  # AdamW and Muon
     eps: float = 1e-8  # AdamW only
     weight_decay: float = 0.0
     update_every: int | None = None
@@ -126,7 +131,8 @@ class Reference:
         events: Per layer, how often each of `EVENTS` happened.
     """
 
-    adam: ClassVar[bool]  # which of two formulas of the docstring above holds
+    adam: ClassVar[bool]  # whether Adam's formulas of the docstring above hold
+    decoupled: ClassVar[bool]  # weight decay; and betas, not momentum, are the hyperparameters
     max_fall: ClassVar[float]  # of a rate to a measured one
     defaults: ClassVar[Hyper]
 
@@ -164,7 +170,7 @@ class Reference:
                 that the rate is one for its direction (AdamW).
         """
         h, sign, sizes = self.hyper, -1 if self.hyper.maximize else 1, [w.numel() for w in self.W]
-        l2 = 0.0 if self.adam else h.weight_decay
+        l2 = 0.0 if self.decoupled else h.weight_decay
         W = [w.clone().requires_grad_() for w in self.W]
         pulls = [l2 * e * w for e, w in zip(self.decays, self.W, strict=True)]
         g = [g_i + pull for g_i, pull in zip(torch.autograd.grad(sign * loss(W), W), pulls, strict=True)]
@@ -178,7 +184,7 @@ class Reference:
         g = g if clipped is None else clipped
         for i, g_i in enumerate(g):
             self._update(i, g_i)
-        self.k, self.share = self.k + 1, h.betas[0] if self.adam else h.momentum
+        self.k, self.share = self.k + 1, h.betas[0] if self.decoupled else h.momentum
 
     def _moments(self, i: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """m⁺, v⁺, the direction of this gradient alone, and that of the momentum; another method has others."""
@@ -187,6 +193,9 @@ class Reference:
         m, v = beta1 * self.m[i] + (1 - beta1) * g, beta2 * self.v[i] + (1 - beta2) * g**2
         D = 1 / ((v / (1 - beta2**n)).sqrt() + h.eps) if self.adam else torch.ones_like(g)
         return m, v, -D * g, -D * (m / (1 - beta1**n))
+
+    def _persistence(self) -> float:
+        return 1.0
 
     def _refresh(
         self, g: list[Tensor], H: Tensor, z: Signs, F: float = 1.0, clipped: list[Tensor] | None = None
@@ -208,7 +217,7 @@ class Reference:
                 ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
             c = c / s[i] ** 2 * ratio**2
             count, rho, q = self.events[i], -g[i] @ d[i] * ratio, d[i] @ d[i]
-            delta2 = c.abs() + (0.0 if self.adam or not self.decays[i].any() else h.weight_decay) * q
+            delta2 = c.abs() + (0.0 if self.decoupled or not self.decays[i].any() else h.weight_decay) * q
             w, D = (beta * old + (1 - beta) * new for old, new in ((self.w[i], 1.0), (self.D[i], F)))
             x = (rho * (rho / delta2) / (D / w)).clamp(max=100.0)
             M = x * delta2**0.5 / rho if h.self_concordance is None else h.self_concordance
@@ -238,19 +247,20 @@ class Reference:
 
     def _update(self, i: int, g: Tensor) -> None:
         h, self.applied[i], alive = self.hyper, 0.0, (g * g).isfinite()
-        beta1 = h.betas[0] if self.adam else h.momentum
+        beta1 = h.betas[0] if self.decoupled else h.momentum
         if h.schedule_free and beta1 != self.share:  # changed by a scheduler: mix anew
             self.W[i] = beta1 * self.X[i] + (1 - beta1) * self.Z[i]
         W = self.W[i]
         self.events[i]["skipped"] += int(not alive.all())
         if not (alive.any() or alive.all()):
             return
-        m, v, alone, averaged = self._moments(i, g)
+        m, v, alone, averaged = self._moments(i, torch.where(alive, g, self.m[i]))
         self.m[i], self.v[i] = torch.where(alive, m, self.m[i]), torch.where(alive, v, self.v[i])
         self.n[i] += 1
         d, since = torch.where(alive, alone if h.schedule_free else averaged, 0.0), self.k - h.warmup_steps
-        decay = h.weight_decay if self.adam else 0.0
-        G = 1 / math.sqrt(1 - beta1 + beta1 / (self.k + 1)) if h.schedule_free and self.w[i] > 0 else 1.0
+        decay = h.weight_decay if self.decoupled else 0.0
+        G = 1 / math.sqrt(1 - beta1 + beta1 / (self.k + 1)) if h.schedule_free else 1.0
+        G = G * self._persistence() if self.w[i] > 0 else 1.0
         rate = G * self.rate[i] if since >= 0 else h.warmup_rate
         ramp = min(1.0, (since + 1) / h.ramp_steps) if since >= 0 and h.ramp_steps > 0 else 1.0
         size, length = max(W.norm().item(), 0.01 * math.sqrt(W.numel())), d.norm().item()
@@ -281,10 +291,49 @@ class Reference:
 class ReferenceSGDLW(Reference):
     """SGD-m-LW: momentum as an average, L2 weight decay."""
 
-    adam, max_fall, defaults = False, math.inf, Hyper(cap=0.15, ramp_steps=50)
+    adam, decoupled, max_fall, defaults = False, False, math.inf, Hyper(cap=0.15, ramp_steps=50)
 
 
 class ReferenceAdamWLW(Reference):
     """AdamW-LW: Adam's direction, decoupled weight decay."""
 
-    adam, max_fall, defaults = True, 10.0, Hyper(weight_decay=0.01, warmup_rate=1e-3)
+    adam, decoupled, max_fall, defaults = True, True, 10.0, Hyper(weight_decay=0.01, warmup_rate=1e-3)
+
+
+def orthogonal(M: Tensor) -> Tensor:
+    """Make a tensor's singular values about equal, as a matrix of its first dimension by the others."""
+    if not M.any():
+        return torch.zeros_like(M)
+    X = M.reshape(M.shape[0], -1) if M.ndim > 1 else M.reshape(1, -1)
+    X = X / X.norm()
+    if min(X.shape) > 1:
+        for _ in range(5):
+            Y = X @ X.T @ X
+            X = 3.4445 * X - 4.775 * Y + 2.0315 * X @ X.T @ Y
+    return (math.sqrt(max(X.shape)) * X).reshape(M.shape)
+
+
+class ReferenceMuonLW(Reference):
+    """Muon-LW: the same direction in both modes, decoupled weight decay.
+
+    Attributes:
+        shapes: Of each layer's tensors, one after another in its vector. To be set before a step; without them each
+            layer is one vector.
+    """
+
+    adam, decoupled, max_fall = False, True, 10.0
+    defaults = Hyper(betas=(0.9, 0.5), weight_decay=0.01, warmup_rate=1e-3)
+    shapes: Sequence[Sequence[torch.Size]] | None = None
+
+    def _moments(self, i: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        beta = self.hyper.betas[1]
+        m = beta * self.m[i] + (1 - beta) * g
+        ahead = beta * m + (1 - beta) * g
+        shapes = [g.shape] if self.shapes is None else self.shapes[i]
+        parts = ahead.split([shape.numel() for shape in shapes])
+        d = -torch.cat([orthogonal(p.view(shape)).flatten() for p, shape in zip(parts, shapes, strict=True)])
+        return m, self.v[i], d, d
+
+    def _persistence(self) -> float:
+        beta = self.hyper.betas[1]
+        return math.sqrt((1 - beta**2) ** 2 + beta**4 * (1 - beta) / (1 + beta))

@@ -6,10 +6,10 @@ import itertools
 import math
 
 import torch
-from reference import ReferenceAdamWLW, ReferenceSGDLW
+from reference import ReferenceAdamWLW, ReferenceMuonLW, ReferenceSGDLW
 from torch.nn.functional import softplus
 
-METHODS = [ReferenceSGDLW, ReferenceAdamWLW]
+METHODS = [ReferenceSGDLW, ReferenceAdamWLW, ReferenceMuonLW]
 # Nothing but the closed form, at M = 2: the rate is t, nothing bounds it, and it is what is applied.
 PLAIN = {
     "rate_horizon": 0.0,

@@ -14,14 +14,14 @@ import warnings
 import cases
 import pytest
 import torch
-from cases import FEW, OPTIMIZERS, batches, each_case, layer_vectors, loss_of, small_net, train
+from cases import ALL, FEW, batches, each_case, layer_vectors, loss_of, small_net, train
 from reference import ReferenceAdamWLW
 from torch import nn
 
 from lwas_fast import SGDLW, AdamWLW
 from lwas_fast.measure.probes import draw_signs
 
-EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
+EACH = pytest.mark.parametrize("kind", ALL)
 
 
 def assert_same(one: nn.Module, two: nn.Module) -> None:
@@ -29,17 +29,17 @@ def assert_same(one: nn.Module, two: nn.Module) -> None:
         assert torch.equal(a, b)
 
 
-@each_case(*FEW, "warmup_and_ramp")
+@each_case(*FEW, "warmup_and_ramp", kinds=ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resumes_bit_for_bit(kind, options, dtype, tmp_path):
     data = batches(14, dtype)
     unbroken = small_net(dtype)
-    opt = OPTIMIZERS[kind](unbroken.named_parameters(), **options)
+    opt = ALL[kind](unbroken.named_parameters(), **options)
     train(opt, unbroken, data[:7])
     torch.save((unbroken.state_dict(), opt.state_dict()), tmp_path / "saved.pt")
     train(opt, unbroken, data[7:])
     resumed = small_net(dtype, seed=9)
-    new = OPTIMIZERS[kind](resumed.named_parameters(), **options)
+    new = ALL[kind](resumed.named_parameters(), **options)
     weights, state = torch.load(tmp_path / "saved.pt")
     resumed.load_state_dict(weights)
     new.load_state_dict(state)
@@ -51,10 +51,10 @@ def test_resumes_bit_for_bit(kind, options, dtype, tmp_path):
 @EACH
 def test_float32_state_survives_a_bf16_model(kind):
     model = small_net(torch.float32)
-    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt = ALL[kind](model.named_parameters())
     train(opt, model, batches(3, torch.float32))
     half = small_net(torch.bfloat16)
-    new = OPTIMIZERS[kind](half.named_parameters())
+    new = ALL[kind](half.named_parameters())
     new.load_state_dict(opt.state_dict())
     for p, q in zip(model.parameters(), half.parameters(), strict=True):
         for name, value in opt.state[p].items():
@@ -75,7 +75,7 @@ def test_state_goes_through_distributed_checkpoint(kind, tmp_path, flat):
     how = StateDictOptions(flatten_optimizer_state_dict=flat)
     data = batches(10)
     model = small_net()
-    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=3)
+    opt = ALL[kind](model.named_parameters(), update_every=3)
     train(opt, model, data[:5])
     new_model = copy.deepcopy(model)
     with warnings.catch_warnings():
@@ -83,7 +83,7 @@ def test_state_goes_through_distributed_checkpoint(kind, tmp_path, flat):
         checkpoint.save(
             {"opt": get_optimizer_state_dict(model, opt, options=how)}, checkpoint_id=tmp_path, no_dist=True
         )
-        new = OPTIMIZERS[kind](new_model.named_parameters(), update_every=3)
+        new = ALL[kind](new_model.named_parameters(), update_every=3)
         state = {"opt": get_optimizer_state_dict(new_model, new, options=how)}
         checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
         set_optimizer_state_dict(new_model, new, state["opt"], options=how)
@@ -97,7 +97,7 @@ def test_frozen_parameters_and_late_groups(kind):
     model = small_net()
     model[0].requires_grad_(False)
     frozen = model[0].weight.clone()
-    opt = OPTIMIZERS[kind](list(model[2].named_parameters(prefix="2")) + list(model[0].named_parameters(prefix="0")))
+    opt = ALL[kind](list(model[2].named_parameters(prefix="2")) + list(model[0].named_parameters(prefix="0")))
     train(opt, model, batches(3))
     opt.add_param_group({"params": list(model[4].named_parameters(prefix="4")), "update_every": 2})
     assert opt.curvature_due
@@ -113,7 +113,7 @@ def test_a_nan_batch_costs_only_that_refresh(kind):
     found = []
     for poisoned in (False, True):
         model = small_net()
-        opt = OPTIMIZERS[kind](model.named_parameters(), update_every=1, ramp_steps=0)
+        opt = ALL[kind](model.named_parameters(), update_every=1, ramp_steps=0)
         train(opt, model, data[:3])
         if poisoned:
             before = layer_vectors(model)
@@ -131,7 +131,7 @@ def test_a_nan_batch_costs_only_that_refresh(kind):
 @EACH
 def test_plain_backward_of_a_model_not_followed_warns_again_at_ten_times_the_age(kind):
     model = small_net()
-    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=2)
+    opt = ALL[kind](model.named_parameters(), update_every=2)
     with pytest.warns(UserWarning, match=rf"{type(opt).__name__}\(model\)") as caught:
         losses = train(opt, model, batches(12) * 3, how="plain")
     assert [str(w.message).split(" steps")[0].split()[-1] for w in caught] == ["2", "20"]
@@ -146,13 +146,13 @@ def test_plain_backward_of_a_model_not_followed_warns_again_at_ten_times_the_age
 )
 def test_bad_options_are_named(kind, option, value):
     with pytest.raises(ValueError, match=f"^{option}="):
-        OPTIMIZERS[kind](small_net().named_parameters(), **{option: value})
+        ALL[kind](small_net().named_parameters(), **{option: value})
 
 
 @EACH
 def test_errors_come_before_changes(kind):
     model = small_net()
-    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt = ALL[kind](model.named_parameters())
     batch = batches(1)[0]
     before = layer_vectors(model)
     with pytest.raises(ValueError, match="scalar"):
@@ -160,7 +160,7 @@ def test_errors_come_before_changes(kind):
     with pytest.raises(TypeError, match="must return the loss as a tensor"):
         opt.step(lambda: 3.0)
     with pytest.raises(ValueError, match="complex"):
-        OPTIMIZERS[kind]([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
+        ALL[kind]([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
     loss = loss_of(model, batch)
     loss.backward()
     opt.zero_grad()
@@ -170,7 +170,7 @@ def test_errors_come_before_changes(kind):
     with pytest.raises(RuntimeError, match="last=False"):
         opt.backward(loss_of(model, batch))
     wrong = opt.state_dict()
-    other = OPTIMIZERS[kind](small_net().parameters())
+    other = ALL[kind](small_net().parameters())
     with pytest.raises(ValueError, match="other layers"):
         other.load_state_dict(wrong)
     assert all(torch.equal(a, b) for a, b in zip(before, layer_vectors(model), strict=True))
@@ -182,7 +182,7 @@ def test_accumulation_equals_the_joint_batch_when_micro_batches_are_alike(kind):
     found = []
     for parts in (1, 3):
         model = small_net()
-        opt = OPTIMIZERS[kind](model.named_parameters(), update_every=1)
+        opt = ALL[kind](model.named_parameters(), update_every=1)
         for _ in range(5):
             opt.zero_grad()
             for part in range(parts):
@@ -198,7 +198,7 @@ def test_grad_scaler_changes_nothing(kind):
     found = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         model = small_net()
-        opt = OPTIMIZERS[kind](model.named_parameters(), update_every=2)
+        opt = ALL[kind](model.named_parameters(), update_every=2)
         for batch in batches(6):
             opt.zero_grad()
             opt.backward(loss_of(model, batch), scaler=scaler)

@@ -14,7 +14,7 @@ import math
 
 import pytest
 import torch
-from reference import ReferenceAdamWLW, ReferenceSGDLW, curvature
+from reference import ReferenceAdamWLW, ReferenceMuonLW, ReferenceSGDLW, curvature
 from reference_cases import METHODS, NETS, PLAIN, close, tiny_net, vec
 
 # --- worked by hand -----------------------------------------------------------------------
@@ -95,6 +95,36 @@ def test_second_refresh_by_hand():
     close(ref.W[0], vec(83 / 153))
 
 
+def test_muon_by_hand():
+    # A layer of a matrix of 2 rows and 3 columns and a vector, rate r = 1/10, γ = 2, W = 1 everywhere; two steps.
+    # The gradient G = (3 0 0; 0 4 0) has norm 5 and singular values 3/5 and 4/5 of that: p five times, times √3. Of the
+    # vector (0, 2) it is √2 (0, 1). The first step looks ahead to ½·½g + ½g, of g's direction.
+    def p(x, times=5):
+        return x if times == 0 else p(3.4445 * x - 4.775 * x**3 + 2.0315 * x**5, times - 1)
+
+    hyper = {"betas": (0.75, 0.5), "weight_decay": 2.0, "cap": math.inf, "warmup_steps": 9, "warmup_rate": 0.1}
+    for schedule_free in (True, False):
+        ref = ReferenceMuonLW([torch.ones(8, dtype=torch.float64)], **hyper, schedule_free=schedule_free)
+        ref.shapes = [[torch.Size((2, 3)), torch.Size((2,))]]
+        first, second = vec(3, 0, 0, 0, 4, 0, 0, 2), vec(0, 0, 0, 0, 8, 0, 0, -1)
+        d = -vec(*[p(x) * 3**0.5 for x in (0.6, 0, 0, 0, 0.8, 0)], 0, 2**0.5)
+        ref.step(lambda W: W[0].sum(), gradient=[first])
+        one = 0.8 + d / 10
+        close(ref.W[0], one)
+        # Then m = ¼g₁ + ½g₂, and ½m + ½g₂ = ⅛g₁ + ¾g₂ = (3/8 0 0; 0 13/2 0) and (0, −1/2).
+        norm = math.hypot(3 / 8, 13 / 2)
+        d = -vec(*[p(x) * 3**0.5 for x in (3 / 8 / norm, 0, 0, 0, 13 / 2 / norm, 0)], 0, -(2**0.5))
+        ref.step(lambda W: W[0].sum(), gradient=[second])
+        two = one + (d - 2 * one) / 10
+        close(ref.W[0], 0.75 * (one + two) / 2 + 0.25 * two if schedule_free else two)
+    # Measured rates are multiplied by the norm of the weights of gradients: ¾ and ⅛, 1/16, ... of those before.
+    weights = [3 / 4] + [0.5**k for k in range(3, 60)]
+    ref = ReferenceMuonLW([vec(2)], **PLAIN | {"betas": (0.75, 0.5)})
+    ref.step(lambda W: W[0] @ W[0] / 2)  # g = 2, d = −1, ρ = 2, δ² = 1: t = 2/(1·(1 + 2))
+    assert ref.rate == pytest.approx([2 / 3])
+    assert ref.applied == pytest.approx([2 / 3 * math.hypot(*weights)])
+
+
 def test_horizon_is_in_steps_and_not_in_refreshes():
     # w = 1 throughout. T = 3 and a horizon of 3/ln 2 make β = ½. h = 4: t = 1/12; h = 1: t = ½ (F = ½hw²).
     # E = ½·½·1/12 + ½·½, w = ½·½ + ½: rate = (1/12 + 2·½)/3 = 13/36.
@@ -155,13 +185,15 @@ def test_step_measures_the_blocks_along_its_own_direction(method):
     loss, W, _ = tiny_net((3, 4, 2), 3)
     ref = method(W, curvature="blocks", update_every=2, ramp_steps=0)
     for _ in range(3):
-        before, v = [w.clone() for w in ref.W], list(ref.v)
+        before, m, v = [w.clone() for w in ref.W], list(ref.m), list(ref.v)
         ref.step(loss)
     # The third step refreshed. Its direction again, from the moments it found and the gradient at `before`.
     for i, block in enumerate(own_blocks(loss, before)):
         g = torch.func.grad(lambda w, i=i: loss([*before[:i], w, *before[i + 1 :]]))(before[i])
         D = 1 / (((0.99 * v[i] + 0.01 * g * g) / (1 - 0.99**3)).sqrt() + 1e-8)
-        d = -g * D if method is ReferenceAdamWLW else -g
+        ahead = 0.25 * m[i] + 0.75 * g
+        along = {ReferenceSGDLW: g, ReferenceAdamWLW: g * D, ReferenceMuonLW: ahead / ahead.norm() * len(g) ** 0.5}
+        d = -along[method]
         expected = {"descent": -g @ d, "curvature": d @ block @ d, "q": d @ d}
         expected = {name: value.item() for name, value in expected.items()}
         assert ref.last[i] == pytest.approx(expected, rel=1e-10)

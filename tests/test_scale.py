@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, loss_of, small_net, take_step
+from cases import ALL, batches, loss_of, small_net, take_step
 from torch.nn import functional as F
 
 ROUTES = ("backward", "closure", "accumulated", "scaler")
@@ -21,7 +21,7 @@ def trained(kind, route, options, change):
     """The weights after 40 steps on a changed loss, with an eps that no gradient comes near."""
     model = small_net(torch.float32)
     own = {"eps": 1e-30, "weight_decay": 0.1} if kind == "adamw" else {}
-    opt = OPTIMIZERS[kind](model.named_parameters(), **own, **options)
+    opt = ALL[kind](model.named_parameters(), **own, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=15)
     for batch in batches(40, torch.float32):
 
@@ -47,7 +47,7 @@ def trained(kind, route, options, change):
 
 @pytest.mark.parametrize("fused", [False, None], ids=["plain", "compiled where it can be"])
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_factor_of_the_loss_changes_no_bit(kind, route, fused):
     plain = trained(kind, route, {"fused": fused}, lambda loss: loss)
     for factor in FACTORS:
@@ -55,21 +55,21 @@ def test_a_factor_of_the_loss_changes_no_bit(kind, route, fused):
 
 
 @pytest.mark.parametrize("options", [{"curvature": "blocks"}, {"schedule_free": False}], ids=str)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_nor_does_it_in_other_modes(kind, options):
     plain = trained(kind, "backward", options, lambda loss: loss)
     for factor in FACTORS:
         assert torch.equal(trained(kind, "backward", options, lambda loss, s=factor: s * loss), plain)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_loss_that_crosses_zero_trains_as_well(kind):
     """Its size is all that is taken of it, so steps differ, but only in how they are bounded."""
     found = {}
     for shift in (0.0, 5.0, -0.5, -5.0):
         torch.manual_seed(0)
         model = small_net(torch.float32)
-        opt = OPTIMIZERS[kind](model.named_parameters())
+        opt = ALL[kind](model.named_parameters())
         data = batches(150, torch.float32)
         for batch in data:
             opt.zero_grad()
@@ -88,7 +88,7 @@ def test_the_default_eps_can_hardly_tell():
     for k in (-13, 0, 27):
         torch.manual_seed(1)
         model = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4))
-        opt = OPTIMIZERS["adamw"](model.named_parameters())
+        opt = ALL["adamw"](model.named_parameters())
         for step in range(150):
             at = torch.randperm(512, generator=torch.Generator().manual_seed(step))[:64]
             opt.zero_grad()

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, loss_of, small_net
+from cases import ALL, batches, loss_of, small_net
 from torch_table import Problem, assert_equal
 
 from lwas_fast.state import VERSION
 from lwas_fast.table import Column
 
-EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
+EACH = pytest.mark.parametrize("kind", ALL)
 # Saved by the last commit before states had a version (bccd8d5), with what six further steps lead to since rates do not
 # depend on the scale of the loss.
 OLD = torch.load(Path(__file__).parent / "data" / "states_of_version_1.pt", weights_only=True)
@@ -25,7 +25,7 @@ OLD = torch.load(Path(__file__).parent / "data" / "states_of_version_1.pt", weig
 
 def trained(kind, steps=8, **options):
     problem = Problem(torch.float32)
-    opt = OPTIMIZERS[kind](problem.named, update_every=3, **options)
+    opt = ALL[kind](problem.named, update_every=3, **options)
     problem.run(opt, range(steps))
     return problem, opt
 
@@ -35,7 +35,7 @@ def test_version_1_goes_on(name):
     """As it did then, but for rounding."""
     kind, old = name.split("-")[0], OLD[name]
     problem = Problem(torch.float32)
-    opt = OPTIMIZERS[kind](problem.named, foreach=True)
+    opt = ALL[kind](problem.named, foreach=True)
     opt.load_state_dict(old["state"])
     with torch.no_grad():
         torch._foreach_copy_(problem.params, old["params"])
@@ -66,7 +66,7 @@ def test_rows_go_by_name(kind):
     for entry in saved["state"].values():
         entry["layer"] = torch.cat([torch.tensor([7.0]), entry["layer"][order]])
     new_problem = Problem(torch.float32)
-    new = OPTIMIZERS[kind](new_problem.named)
+    new = ALL[kind](new_problem.named)
     new.load_state_dict(saved)
     expected = {name: {**row, "capped": 0} for name, row in opt.diagnostics().items()}
     assert new.diagnostics() == expected
@@ -102,7 +102,7 @@ def test_what_does_not_fit_changes_nothing(kind, name):
 @EACH
 def test_an_option_that_is_gone_is_told(kind):
     problem = Problem(torch.float32)
-    opt = OPTIMIZERS[kind]([{"params": problem.named[:2]}, {"params": problem.named[2:]}])
+    opt = ALL[kind]([{"params": problem.named[:2]}, {"params": problem.named[2:]}])
     opt.register_load_state_dict_pre_hook(lambda _, wrapped: wrapped["inner"])
     saved = opt.state_dict()
     saved["param_groups"][0] |= {"damping": 0.1, "max_growth": 10.0, "probe": "update"}
@@ -119,7 +119,7 @@ def test_a_layer_that_is_measured_and_does_not_step_keeps_its_rate_in_files(kind
 
     def made():
         model = small_net(torch.float32)
-        return model, OPTIMIZERS[kind](model if follows else model.named_parameters(), update_every=2)
+        return model, ALL[kind](model if follows else model.named_parameters(), update_every=2)
 
     model, opt = made()
     for batch in batches(4, torch.float32):

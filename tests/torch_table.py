@@ -1,4 +1,4 @@
-"""SGDLW and AdamWLW in the form of torch's own table of optimizers, and the small problem its generic tests use.
+"""The optimizers in the form of torch's own table of optimizers, and the small problem its generic tests use.
 
 Importing this skips the importing file where torch's testing modules cannot be imported (they need expecttest).
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BETWEEN, OPTIMIZERS, rows_of
+from cases import ALL, BETWEEN, rows_of
 from torch import Tensor, nn
 
 common = pytest.importorskip("torch.testing._internal.common_optimizers", exc_type=ImportError)
@@ -65,13 +65,13 @@ INFOS = {
         not_og_supported_flags=("foreach", "fused", "maximize"),
         supports_complex=False,
     )
-    for kind, cls in OPTIMIZERS.items()
+    for kind, cls in ALL.items()
 }
 EACH_INFO = pytest.mark.parametrize("info", INFOS.values(), ids=[info.name for info in INFOS.values()])
 
 
 def each_row(*only: str) -> pytest.MarkDecorator:
-    """Parametrize `info` and `row` over both optimizers and these rows, or where none is named all."""
+    """Parametrize `info` and `row` over all optimizers and these rows, or where none is named all."""
     rows = [(info, row) for info in INFOS.values() for row in info.optim_inputs_func("cpu")]
     rows = [(info, row) for info, row in rows if not only or row.desc in only]
     assert {row.desc for _, row in rows} >= {*only}

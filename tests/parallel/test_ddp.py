@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import OPTIMIZERS, batches, closing, loss_of, small_net, usual
+from cases import ALL, batches, closing, loss_of, small_net, usual
 from processes import results_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -49,7 +49,7 @@ def alike(kind: str, rank: int | None):
     """Both accumulate over the same data, which one process might as well."""
     model = small_net()
     parallel = DistributedDataParallel(model) if rank is not None else model
-    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=2)
+    opt = ALL[kind](model.named_parameters(), update_every=2)
     for batch in batches(6):
         train_with("accumulated", opt, parallel, batch)
     return [p.detach() for p in model.parameters()], opt.rates()
@@ -192,7 +192,7 @@ def refusals(rank: int):
 WAYS = ["closure", "closure, bucket views", "autograd", "autograd, bucket views"]
 SCENARIOS = {how: partial(replica, how) for how in (*WAYS, "accumulated")}
 FOLLOWED = {f"followed, {made_with}": partial(followed, made_with) for made_with in ("model", "wrapper")}
-SCENARIOS |= {f"alike, {kind}": partial(alike, kind) for kind in OPTIMIZERS}
+SCENARIOS |= {f"alike, {kind}": partial(alike, kind) for kind in ALL}
 SCENARIOS |= FOLLOWED | {"hooked": hooked, "alone": alone, "branches": branches, "refusals": refusals, "scaled": scaled}
 
 
@@ -236,7 +236,7 @@ def test_replicas_that_accumulate_stay_alike(of_both):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_replicas_with_the_same_data_accumulate_as_one_process(of_both, kind):
     """Also in the factors of a window's gradients, which Adam's directions hide."""
     weights, rates = alike(kind, None)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from lwas_fast import CurvatureError
+from lwas_fast import CurvatureError, MuonLW
 
 
 def divided(rank):
@@ -175,6 +175,28 @@ def refused(rank):
         OPTIMIZERS["adamw"](mixed).rates()
 
 
+def whole_only(rank):
+    """What MuonLW says of sharded parameters, before anything has changed."""
+    said = []
+    for follows in (True, False):
+        model, batch = sharded(), batches(1)[0]
+        opt = MuonLW(model if follows else model.named_parameters())
+        before = [whole(p).clone() for p in model.parameters()]
+
+        def backward(model=model, opt=opt, follows=follows, batch=batch):
+            loss = loss_of(model, batch)
+            loss.backward() if follows else opt.backward(loss)
+
+        for call in (backward, opt.step):
+            try:
+                call()
+            except ValueError as error:
+                said.append(str(error))
+        assert not opt.state and opt.param_groups[0]["steps"] == 0
+        assert all(map(torch.equal, before, map(whole, model.parameters())))
+    return said
+
+
 def long(rank):
     """The rates' bits over 200 steps, and the objects that are alive."""
     model = sharded(torch.float32)
@@ -214,7 +236,7 @@ def copied(rank):
 
 SCENARIOS = {"not finite": not_finite, "bad batch": bad_batch, "evaluated": evaluated, "told": told, "half": half}
 SCENARIOS |= {"refused": refused, "sharded later": sharded_later, "beside": beside, "long": long, "copied": copied}
-SCENARIOS |= {"divided": divided}
+SCENARIOS |= {"divided": divided, "whole only": whole_only}
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +305,12 @@ def test_a_model_that_is_sharded_after_the_optimizer_was_made(of_all):
 
 def test_what_cannot_be_is_refused(of_all):
     of_all("refused")
+
+
+def test_muon_refuses_shards(of_all):
+    for said in of_all("whole only"):
+        assert len(said) == 4
+        assert all("'0.weight' is distributed, and MuonLW" in message for message in said)
 
 
 def test_parameters_of_deepspeed_are_refused():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import OPTIMIZERS, REFERENCES
+from cases import ALL, REFERENCES
 from torch import nn
 
 # Curvature and value of the loss at each measurement: a flat stretch, a cliff, and values next to 0.
@@ -19,10 +19,10 @@ SEQUENCES = {
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_rates_are_bounded_as_in_the_reference(kind, name):
     w = nn.Parameter(torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64))
-    opt = OPTIMIZERS[kind]([("layer.w", w)], lr=0.0, update_every=1)
+    opt = ALL[kind]([("layer.w", w)], lr=0.0, update_every=1)
     ref = REFERENCES[kind]([w.detach()], lr=0.0, update_every=1)
     for sharp, value in SEQUENCES[name]:
 

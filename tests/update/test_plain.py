@@ -11,13 +11,14 @@ import copy
 
 import pytest
 import torch
-from cases import NO_COMPILED_STEP, OPTIMIZERS
+from cases import ALL, NO_COMPILED_STEP, OPTIMIZERS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lwas_fast import SGDLW, rule
 from lwas_fast.selection import BLOCK, FEW
 
-EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
+EACH = pytest.mark.parametrize("kind", ALL)
+ELEMENTWISE = pytest.mark.parametrize("kind", OPTIMIZERS)  # without products of matrices
 MODES = pytest.mark.parametrize("schedule_free", [True, False])
 FIXED = {"update_every": 10**9, "warmup_steps": 10**9}
 
@@ -37,13 +38,13 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@EACH
+@ELEMENTWISE
 @MODES
 @pytest.mark.parametrize(("shape", "each"), [((FEW + 1,), 0), ((3,), 3)])  # flattened for three norms at most
 def test_calls_do_not_grow_with_the_tensors(kind, schedule_free, shape, each):
     found = []
     for count in (2, 5):
-        opt = OPTIMIZERS[kind](with_gradients([shape] * count), schedule_free=schedule_free, foreach=True, **FIXED)
+        opt = ALL[kind](with_gradients([shape] * count), schedule_free=schedule_free, foreach=True, **FIXED)
         for _ in range(2):
             opt.step()
         with Count() as counted:
@@ -57,7 +58,7 @@ def test_calls_do_not_grow_with_the_tensors(kind, schedule_free, shape, each):
 @pytest.mark.parametrize("options", [{}, {"foreach": True}])
 def test_states_are_not_looked_up_one_by_one(kind, options, monkeypatch):
     params, hashed = with_gradients([(3,)] * 50), []
-    opt = OPTIMIZERS[kind](params, **options, **FIXED)
+    opt = ALL[kind](params, **options, **FIXED)
     for _ in range(2):
         opt.step()
     monkeypatch.setattr(torch.Tensor, "__hash__", lambda p: hashed.append(p) or id(p))
@@ -69,7 +70,7 @@ def test_states_are_not_looked_up_one_by_one(kind, options, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"foreach": True}])
 def test_a_state_that_somebody_replaces_is_the_one_that_steps(kind, options):
     params = with_gradients([(3,), (4,)])
-    opt = OPTIMIZERS[kind](params, **options, **FIXED)
+    opt = ALL[kind](params, **options, **FIXED)
     for _ in range(2):
         opt.step()
     name = opt.rule.buffers(opt.param_groups[0])[0]
@@ -93,7 +94,7 @@ def test_a_state_in_the_place_of_another_steps_from_its_own_numbers(kind, option
     for loads in (False, True):
         torch.manual_seed(0)
         params = with_gradients([(3,), (4,)])
-        opt = OPTIMIZERS[kind](params, schedule_free=False, **options, **FIXED)
+        opt = ALL[kind](params, schedule_free=False, **options, **FIXED)
         for _ in range(2):
             opt.step()
         changed = copy.deepcopy(opt.state[params[0]])
@@ -116,7 +117,7 @@ def test_under_torch_compile(kind, options):
     for compile in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
         torch.manual_seed(0)
         params = with_gradients([(3,), (FEW + 1,)])
-        step = compile(OPTIMIZERS[kind](params, **options, **FIXED).step)
+        step = compile(ALL[kind](params, **options, **FIXED).step)
         for _ in range(3):
             step()
         found.append(params)
@@ -141,7 +142,7 @@ def test_tensors_that_have_had_other_numbers_of_steps(kind, schedule_free):
     for found, lists in ((together, [[0, 1, 2]]), (alone, [[0], [1], [2]])):
         for members in lists:
             own = [params[i].detach().clone().requires_grad_() for i in members]
-            opt = OPTIMIZERS[kind](own, schedule_free=schedule_free, foreach=True, **FIXED)
+            opt = ALL[kind](own, schedule_free=schedule_free, foreach=True, **FIXED)
             for k in range(4):
                 for i, p in zip(members, own, strict=True):
                     p.grad = gradients[k][i] if k != i else None
@@ -161,7 +162,7 @@ def test_with_masks_as_on_other_devices(kind, schedule_free, dtype, monkeypatch)
         if not known:
             monkeypatch.setattr(rule, "_squares_if_all_finite", lambda *_: None)
         own = [p.detach().clone().requires_grad_() for p in params]
-        opt = OPTIMIZERS[kind](own, schedule_free=schedule_free, weight_decay=0.1, foreach=True, **FIXED)
+        opt = ALL[kind](own, schedule_free=schedule_free, weight_decay=0.1, foreach=True, **FIXED)
         for of_step in gradients:
             for p, g in zip(own, of_step, strict=True):
                 p.grad = g.clone()
@@ -174,7 +175,7 @@ def test_with_masks_as_on_other_devices(kind, schedule_free, dtype, monkeypatch)
 @pytest.mark.parametrize(("size", "moves"), [(1.8e19, True), (1.9e19, False)])  # 1.845e19 is the root of the largest
 def test_squares_just_below_and_above_overflow(kind, size, moves):
     p = torch.ones(3).requires_grad_()
-    opt = OPTIMIZERS[kind]([p], foreach=True, **FIXED)
+    opt = ALL[kind]([p], foreach=True, **FIXED)
     p.grad = torch.tensor([size, 0.0, 0.0])
     opt.step()
     assert (p[0] != 1).item() is moves
@@ -195,7 +196,7 @@ def test_norms_of_tensors_strung_together(sizes):
 def test_a_first_gradient_without_a_finite_element_is_no_step(kind, schedule_free, dtype):
     """No layer has taken a step then, and there is nothing to divide by."""
     p = torch.ones(2, dtype=dtype).requires_grad_()
-    opt = OPTIMIZERS[kind]([p], schedule_free=schedule_free, foreach=True, **FIXED)
+    opt = ALL[kind]([p], schedule_free=schedule_free, foreach=True, **FIXED)
     p.grad = torch.full_like(p, torch.nan)
     opt.step()
     assert (p == 1).all()
@@ -208,7 +209,7 @@ def test_a_first_gradient_without_a_finite_element_is_no_step(kind, schedule_fre
 @pytest.mark.filterwarnings("error")
 def test_norms_that_overflow_do_not_warn(kind):
     params = [torch.ones(2).requires_grad_() for _ in range(3)]
-    opt = OPTIMIZERS[kind](params, foreach=True, **FIXED)
+    opt = ALL[kind](params, foreach=True, **FIXED)
     for p in params:
         p.grad = torch.full_like(p, 1.5e19)
     opt.step()
@@ -223,7 +224,7 @@ def test_what_a_scaler_sets(kind, schedule_free, found):
     for scaled in (False, True):
         torch.manual_seed(0)
         w = torch.randn(7, dtype=torch.float64, requires_grad=True)
-        opt = OPTIMIZERS[kind]([w], schedule_free=schedule_free, update_every=1, foreach=True)
+        opt = ALL[kind]([w], schedule_free=schedule_free, update_every=1, foreach=True)
         for k in range(4):
             opt.zero_grad()
             opt.backward((w**4).sum() + w.sum())

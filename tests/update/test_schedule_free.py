@@ -12,13 +12,23 @@ import math
 
 import pytest
 import torch
-from cases import COMPILED, OPTIMIZERS, REFERENCES, batches, layer_vectors, loss_of, loss_of_vectors, small_net, train
+from cases import (
+    ALL,
+    COMPILED,
+    batches,
+    layer_vectors,
+    loss_of,
+    loss_of_vectors,
+    reference_of,
+    small_net,
+    train,
+)
 
 from lwas_fast import SGDLW, AdamWLW
 from lwas_fast.measure.probes import draw_signs
 from lwas_fast.update import extension
 
-EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
+EACH = pytest.mark.parametrize("kind", ALL)
 FIXED = {"warmup_steps": 10**9, "warmup_rate": 0.05, "ramp_steps": 0, "cap": math.inf}
 
 
@@ -36,7 +46,7 @@ def assert_close(one, two, tolerance):
 def test_at_a_fixed_rate_it_is_schedule_free_as_its_authors_have_it(kind, decay):
     theirs = pytest.importorskip("schedulefree")
     mine, other = small_net(), small_net()
-    opt = OPTIMIZERS[kind](mine.named_parameters(), weight_decay=decay, **FIXED)
+    opt = ALL[kind](mine.named_parameters(), weight_decay=decay, **FIXED)
     if kind == "adamw":
         ref = theirs.AdamWScheduleFree(
             other.parameters(), lr=0.05, betas=(0.9, 0.99), weight_decay=decay, foreach=False
@@ -58,7 +68,7 @@ def test_at_a_fixed_rate_it_is_schedule_free_as_its_authors_have_it(kind, decay)
 @EACH
 def test_the_average_is_the_mean_of_the_iterates(kind):
     model = small_net()
-    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=3)
+    opt = ALL[kind](model.named_parameters(), update_every=3)
     beta = 0.9
     iterates = []
     for batch in batches(12):
@@ -78,7 +88,7 @@ def test_the_average_is_the_mean_of_the_iterates(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_modes_are_taken_twice_without_effect_and_undone(kind, dtype):
     model = small_net(dtype)
-    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt = ALL[kind](model.named_parameters())
     opt.eval()  # nothing trained: there is nothing to average
     opt.train()
     assert_close(values(model), values(small_net(dtype)), 0)
@@ -97,7 +107,7 @@ def test_modes_are_taken_twice_without_effect_and_undone(kind, dtype):
 @EACH
 def test_training_on_with_the_average_is_refused_and_changes_nothing(kind):
     model, data = small_net(), batches(6)
-    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt = ALL[kind](model.named_parameters())
     train(opt, model, data)
     opt.train(mode=False)
     before, state = values(model), copy.deepcopy(opt.state_dict())
@@ -115,14 +125,14 @@ def test_training_on_with_the_average_is_refused_and_changes_nothing(kind):
 @EACH
 def test_saved_with_the_average_it_goes_on_as_if_it_had_not_been(kind):
     model, data = small_net(), batches(12)
-    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=4)
+    opt = ALL[kind](model.named_parameters(), update_every=4)
     train(opt, model, data[:6])
     opt.eval()
     saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
     opt.train()
     train(opt, model, data[6:])
     new_model = small_net(seed=5)
-    new = OPTIMIZERS[kind](new_model.named_parameters(), update_every=4)
+    new = ALL[kind](new_model.named_parameters(), update_every=4)
     new_model.load_state_dict(saved[0])
     new.load_state_dict(saved[1])
     with pytest.raises(RuntimeError, match=r"opt\.train\(\)"):
@@ -135,7 +145,7 @@ def test_saved_with_the_average_it_goes_on_as_if_it_had_not_been(kind):
 @EACH
 def test_with_momentum_modes_change_nothing(kind):
     model = small_net()
-    opt = OPTIMIZERS[kind](model.named_parameters(), schedule_free=False)
+    opt = ALL[kind](model.named_parameters(), schedule_free=False)
     train(opt, model, batches(5))
     before = values(model)
     opt.eval()
@@ -186,7 +196,7 @@ def test_in_half_precision_the_average_goes_where_the_weights_go(kind, dtype, fu
     for one in (dtype, torch.float64):
         p = torch.ones(64, dtype=one).requires_grad_()
         options = {**FIXED, "warmup_rate": 1e-3, "weight_decay": 0.0}
-        opt = OPTIMIZERS[kind]([p], **options, **({"fused": True} if fused and one == dtype else {"foreach": True}))
+        opt = ALL[kind]([p], **options, **({"fused": True} if fused and one == dtype else {"foreach": True}))
         for _ in range(500):
             p.grad = torch.ones_like(p) * (p - 0.25).sign().detach()
             opt.step()
@@ -222,12 +232,12 @@ def test_in_half_precision_the_iterate_makes_the_move_that_is_left(fused):
 @EACH
 def test_a_share_that_schedulers_cycle_mixes_anew(kind):
     model, data = small_net(), batches(15)
-    opt = OPTIMIZERS[kind](model.named_parameters(), update_every=3)
-    ref = REFERENCES[kind](layer_vectors(model), update_every=3)
+    opt = ALL[kind](model.named_parameters(), update_every=3)
+    ref = reference_of(kind, model, update_every=3)
     for k, batch in enumerate(data):
         share = 0.9 - 0.05 * (k % 4)
         if "betas" in opt.defaults:
-            opt.param_groups[0]["betas"] = ref.hyper.betas = (share, 0.999)
+            opt.param_groups[0]["betas"] = ref.hyper.betas = (share, 0.5 if kind == "muon" else 0.999)
         else:
             opt.param_groups[0]["momentum"] = ref.hyper.momentum = share
         ref.step(loss_of_vectors(model, batch), z=draw_signs(0, k, len(ref.W)))
@@ -241,7 +251,7 @@ def test_a_share_that_schedulers_cycle_mixes_anew(kind):
 @EACH
 def test_what_happens_within_a_closure_is_seen(kind):
     model, data = small_net(), batches(3)
-    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt = ALL[kind](model.named_parameters())
     train(opt, model, data)
 
     def closure():
@@ -271,14 +281,14 @@ def test_another_mode_in_mid_training_is_refused_by_name():
 @EACH
 def test_a_state_from_before_there_was_a_choice_goes_on_with_momentum(kind):
     model, data = small_net(), batches(6)
-    opt = OPTIMIZERS[kind](model.named_parameters(), schedule_free=False)
+    opt = ALL[kind](model.named_parameters(), schedule_free=False)
     train(opt, model, data[:3])
     saved = copy.deepcopy(opt.state_dict())
     for group in saved["param_groups"]:
         for name in ("schedule_free", "train_mode", "share"):
             del group[name]
     new_model = copy.deepcopy(model)
-    new = OPTIMIZERS[kind](new_model.named_parameters())
+    new = ALL[kind](new_model.named_parameters())
     new.load_state_dict(saved)
     train(opt, model, data[3:])
     train(new, new_model, data[3:])
