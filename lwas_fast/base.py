@@ -74,7 +74,7 @@ class WithLayers(Optimizer):
             self._forget_layout()  # somebody put others there; what was measured is of the old rows
             self._now.measured = None
         if self._now.layout is None:
-            self._now.layout = Layout(self.param_groups, self.state, self.rule.buffers)
+            self._now.layout = Layout(self.param_groups, self.state, self.rule.buffers, self.rule.scalars)
         return self._now.layout
 
     def _fitting_layout(self) -> Layout:

@@ -131,10 +131,10 @@ def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], e
     entry = entry if isinstance(entry, Mapping) else {}
     places, kept = ROUNDED
     both = ROUNDED if places in entry or kept in entry else ()
-    if missing := {"step", "layer", *buffers, *both} - set(entry):
+    if missing := {"step", "layer", *buffers, *rule.scalars, *both} - set(entry):
         what = sorted(missing)[0]
         raise ValueError(f"the saved state of parameter {name} lacks {what!r}: it is not of {rule.name}")
-    for what in ("step", "layer", *buffers, *(one for one in (places, kept, TRAINED) if one in entry)):
+    for what in ("step", "layer", *buffers, *rule.scalars, *(one for one in (places, kept, TRAINED) if one in entry)):
         value, allowed = entry[what], "integers" if what == places else "floating-point numbers"
         if not isinstance(value, Tensor) or not (
             value.dtype == torch.int64 if what == places else value.is_floating_point()
@@ -149,7 +149,8 @@ def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], e
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
     columns = columns_of(theirs)
-    shapes = {what: tuple(param.shape) for what in (*buffers, TRAINED)} | {"layer": (len(columns),), "step": ()}
+    shapes = {what: tuple(param.shape) for what in (*buffers, TRAINED)} | {"layer": (len(columns),)}
+    shapes |= dict.fromkeys(("step", *rule.scalars), ())
     if both:
         shapes |= {places: (entry[places].numel(),), kept: (entry[places].numel(),)}
     for what, shape in shapes.items():
@@ -157,9 +158,11 @@ def _check_entry(rule: Rule, param: Tensor, name: str, theirs: dict[str, Any], e
             raise ValueError(f"the saved {what} of parameter {name} has shape {found}, but must have {shape}")
     # Not all of the row: norms that overflow are infinite there, and every step deals with that.
     rates = local(entry["layer"]).detach()[[i for i, column in enumerate(columns) if column in _RATES]]
-    for what, values in [(what, local(entry[what]).detach()) for what in (*buffers, "step")] + [("layer", rates)]:
+    for what, values in [(what, local(entry[what]).detach()) for what in (*buffers, *rule.scalars, "step")] + [
+        ("layer", rates)
+    ]:
         low, high = _range(values)
-        if not math.isfinite(high - low) or (what == "step" and low < 0):
+        if not math.isfinite(high - low) or (what in ("step", *rule.scalars) and low < 0):
             raise ValueError(
                 f"the saved {what} of parameter {name} has numbers that are not finite, or a count below 0. Training "
                 "on with them would spoil the weights: load an earlier checkpoint"

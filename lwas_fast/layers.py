@@ -173,6 +173,7 @@ class Layout:
         groups: The optimizer's parameter groups, each with ``layer_names``.
         state: The optimizer's state; ``state[p]["layer"]`` is p's layer's row, where it is there.
         buffers_of: Names of the state tensors, shaped like the parameter, that a group keeps.
+        scalars: Names of those without dimension.
 
     Raises:
         ValueError: A group has other parameters than it was made with, and not as many, or of FSDP1 or ZeRO-3.
@@ -183,8 +184,9 @@ class Layout:
         groups: list[dict[str, Any]],
         state: MutableMapping[Tensor, dict[str, Any]],
         buffers_of: Callable[[dict[str, Any]], tuple[str, ...]],
+        scalars: tuple[str, ...] = (),
     ):
-        self.groups, self.state, self._buffers_of = groups, state, buffers_of
+        self.groups, self.state, self._buffers_of, self._scalars = groups, state, buffers_of, scalars
         for number, group in enumerate(groups):
             for i, param in enumerate(group["params"]):  # somebody may have put others there
                 if (why := why_hidden(param)) is not None:
@@ -263,7 +265,8 @@ class Layout:
         self.check_shapes()
         for _, _, param, name in self._buffers():
             entry = self.state[param]
-            entry[name] = entry[name].to(param.device, state_dtype(param))
+            for what in (name, *self._scalars):
+                entry[what] = entry[what].to(param.device, state_dtype(param))
 
     @cached_property
     def home(self) -> dict[Tensor, dict[str, Any]]:
@@ -291,6 +294,7 @@ class Layout:
             name: torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
             for name in self._buffers_of(self.group_of(bucket))
         }
+        zeros |= {name: torch.zeros((), dtype=state_dtype(param), device=param.device) for name in self._scalars}
         # Views of the bucket's: a layer's numbers travel with its parameters.
         return {"step": count, **zeros, "layer": bucket.table[bucket.row[i]]}
 

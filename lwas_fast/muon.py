@@ -14,19 +14,27 @@ from lwas_fast.layers import Grouping
 from lwas_fast.optimizer import LayerwiseOptimizer
 from lwas_fast.options import Common
 from lwas_fast.orthogonal import orthogonalized
-from lwas_fast.rule import Here, Moving, Rule
+from lwas_fast.rule import Here, Moving, Rule, bias_correction, each
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+MEMORY = 0.99  # of a gradient's size, as AdamWLW's of its elements
+LEAST = 1e-22  # the root of the least square that float32 has in full
+
 
 class MuonRule(Rule):
-    """Muon's direction for every tensor, decoupled weight decay."""
+    """Muon's direction for every tensor, decoupled weight decay.
+
+    A direction that is measured along has a root mean square of 1. That of a step is longer or shorter, as the gradient
+    is beside those of the last hundred steps: so is Newton's step along it, and averaged rates know it late.
+    """
 
     name = "MuonLW"
     buffers_with_momentum = ("momentum_buffer",)
     buffers_schedule_free = ("offset", "momentum_buffer")
     cap_schedule_free, cap_with_momentum = 0.2, 0.1
+    scalars = ("mean_square",)
     decoupled = whole = True
     max_fall = 10.0
 
@@ -47,7 +55,7 @@ class MuonRule(Rule):
         """See `Rule.directions`."""
         momenta = [state["momentum_buffer"] for state in here.states]
         momenta = list(torch._foreach_lerp(momenta, here.gradients, 1 - group["betas"][1]))
-        directions = _ahead(here.gradients, momenta, group)
+        directions, _ = _ahead(group, here.gradients, momenta)
         torch._foreach_mul_(directions, here.factors)
         return here.gradients, directions
 
@@ -56,12 +64,25 @@ class MuonRule(Rule):
         momenta = [state["momentum_buffer"] for state in states]
         gradients = moving.taking_part(moving.gradients, momenta)
         torch._foreach_lerp_(momenta, gradients, 1 - group["betas"][1])
+        directions, sizes = _ahead(group, gradients, momenta)
+        known = [state["mean_square"] for state in states]
+        squares = list(torch._foreach_lerp(known, torch._foreach_mul(sizes, sizes), 1 - MEMORY))
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_clamp_min_(roots, LEAST)
+        torch._foreach_div_(sizes, roots)
+        torch._foreach_mul_(sizes, each(bias_correction(moving.steps, MEMORY) ** 0.5, sizes))
+        torch._foreach_mul_(directions, sizes)
+        if moving.alive is not None:
+            squares = [torch.where(n > 0, new, old) for n, new, old in zip(moving.alive, squares, known, strict=True)]
+        torch._foreach_copy_(known, squares)
         moving.factors = -1.0
-        return _ahead(gradients, momenta, group)
+        return directions
 
 
-def _ahead(gradients: Sequence[Tensor], momenta: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """Nesterov's look ahead, orthogonalized."""
+def _ahead(
+    group: dict[str, Any], gradients: Sequence[Tensor], momenta: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Nesterov's look ahead, orthogonalized, and the root mean square that it had."""
     return orthogonalized(torch._foreach_lerp(list(gradients), list(momenta), group["betas"][1]))
 
 

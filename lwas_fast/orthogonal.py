@@ -14,7 +14,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 ROUNDS = 5
 
 
-def orthogonalized(tensors: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalized(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     r"""Make all singular values of each tensor about equal, and its root mean square about 1.
 
     A tensor counts as a matrix, of its first dimension by all others, and becomes about
@@ -27,19 +27,24 @@ def orthogonalized(tensors: Sequence[Tensor]) -> list[Tensor]:
             ``torch.optim.Muon`` takes them everywhere.
 
     Returns:
-        For each a new tensor of its shape, dtype and device; all NaN where an element is not finite.
+        For each a new tensor of its shape, dtype and device, all NaN where an element is not finite; and for each its
+        root mean square, of no dimension.
     """
     # First, or squares of small elements would be lost. Of a tensor without elements there is no such norm.
     sizes = [torch.zeros_like(t.sum()) if t.numel() == 0 else torch.linalg.vector_norm(t, math.inf) for t in tensors]
     torch._foreach_clamp_min_(sizes, [torch.finfo(size.dtype).tiny for size in sizes])
     scaled = torch._foreach_div(list(tensors), sizes)
+    norms = torch._foreach_norm(list(scaled))
+    roots = [math.sqrt(max(1, tensor.numel())) for tensor in tensors]
+    means = torch._foreach_div(torch._foreach_mul(sizes, norms), roots)
+    torch._foreach_clamp_min_(norms, 1.0)  # it is 1 at least, or all is 0
     found: dict[int, Tensor] = {}
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
     for i, tensor in enumerate(scaled):
         rows = len(tensor) if tensor.ndim > 1 else 1
         columns = tensor.numel() // rows if rows else 0
         if min(rows, columns) < 2:
-            found[i] = tensor * (math.sqrt(tensor.numel()) / tensor.norm().clamp(min=1))  # 1 at least, or all is 0
+            found[i] = tensor * (roots[i] / norms[i])
         else:
             shape = torch.Size((min(rows, columns), max(rows, columns)))
             alike.setdefault((shape, tensor.dtype, tensor.device), []).append(i)
@@ -47,11 +52,11 @@ def orthogonalized(tensors: Sequence[Tensor]) -> list[Tensor]:
         of_products = torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
         flat = [scaled[i].reshape(len(scaled[i]), -1) for i in members]
         matrices = torch.stack([m if m.shape[1] == columns else m.T for m in flat])
-        matrices = _rounds((matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1)).to(of_products))
-        matrices = matrices.to(dtype) * math.sqrt(columns)
+        matrices /= torch.stack([norms[i] for i in members]).view(-1, 1, 1)
+        matrices = _rounds(matrices.to(of_products)).to(dtype) * math.sqrt(columns)
         for i, m, result in zip(members, flat, matrices, strict=True):
             found[i] = (result if m.shape[1] == columns else result.T).reshape(scaled[i].shape)
-    return [found[i] for i in range(len(tensors))]
+    return [found[i] for i in range(len(tensors))], list(means)
 
 
 def _rounds(matrices: Tensor) -> Tensor:

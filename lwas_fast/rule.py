@@ -178,6 +178,7 @@ class Rule(ABC):
         decoupled: Whether weight decay acts on the weights rather than through the gradient.
         normalizes: Whether the length of directions is relative to that of past gradients (Adam's), so that a gradient
             that is clipped after it was measured has another length than a step's.
+        scalars: Names of state tensors without dimension, which all modes keep.
         whole: Whether a direction needs all of its tensor, so that sharded ones cannot be optimized.
         max_fall: Most that the present rate may exceed a measured one, as a factor; it is cut to that.
         operator: Name of the compiled update in ``torch.ops.lwas_fast``; None where there is none.
@@ -190,6 +191,7 @@ class Rule(ABC):
     cap_with_momentum: ClassVar[float]
     decoupled: ClassVar[bool]
     normalizes: ClassVar[bool] = False
+    scalars: ClassVar[tuple[str, ...]] = ()
     whole: ClassVar[bool] = False
     max_fall: ClassVar[float] = math.inf
     operator: ClassVar[str | None] = None
@@ -209,7 +211,7 @@ class Rule(ABC):
         """The average's share in schedule-free weights; with momentum it has no effect."""
 
     def persistence(self, group: dict[str, Any]) -> float:
-        """What measured rates are multiplied by because directions of successive steps are alike."""
+        """What bounded rates are multiplied by because directions of successive steps are alike."""
         return 1.0
 
     @abstractmethod

@@ -7,7 +7,8 @@ momentum. Muon is like AdamW but for its direction; P_β is its alone:
     d  = −orth(β₂m⁺ + (1−β₂)g), m⁺ = β₂m + (1−β₂)g, wherever g's direction or m̂'s stands below; of each tensor
     orth of (a, b), both > 1: X ← M/‖M‖; five times X ← 3.4445X − 4.775Y + 2.0315XXᵀY, Y = XXᵀX; √max(a, b) X
     orth of n numbers in a row: √n M/‖M‖; 0 of 0. In a step elements of g that are not finite count as m's
-    P_β = √((1−β₂²)² + β₂⁴(1−β₂)/(1+β₂)), by which G is multiplied; 1 where nothing was measured yet
+    in a step each times √(u/q̂), u the mean of (β₂m⁺ + (1−β₂)g)² over the tensor, q⁺ = .99q + .01u, q̂ = q⁺/(1−.99ⁿ)
+    P_β = √((1−β₂²)² + β₂⁴(1−β₂)/(1+β₂)), by which r is multiplied after warm-up
 
     ρ = −⟨g, d⟩   δ² = ⟨d, H_λλ d⟩ (+ γ‖d‖², SGD)   t = ρ / (δ (δ + (M/2) ρ)) / P,  M = ρ/(δ⟨F⟩); P below, 1 for given M
     F(W) − F(W + t d) ≥ (4/M²) ω((M/2) ρ/δ),  ω(z) = z − ln(1 + z),  if F is M-self-concordant along d and P = 1
@@ -133,6 +134,7 @@ class Reference:
 
     adam: ClassVar[bool]  # whether Adam's formulas of the docstring above hold
     decoupled: ClassVar[bool]  # weight decay; and betas, not momentum, are the hyperparameters
+    resized: ClassVar[bool] = False  # whether a step's direction is another than a refresh's
     max_fall: ClassVar[float]  # of a rate to a measured one
     defaults: ClassVar[Hyper]
 
@@ -193,6 +195,9 @@ class Reference:
         m, v = beta1 * self.m[i] + (1 - beta1) * g, beta2 * self.v[i] + (1 - beta2) * g**2
         D = 1 / ((v / (1 - beta2**n)).sqrt() + h.eps) if self.adam else torch.ones_like(g)
         return m, v, -D * g, -D * (m / (1 - beta1**n))
+
+    def _keep(self, i: int, m: Tensor, v: Tensor, alive: Tensor) -> None:
+        self.m[i], self.v[i] = torch.where(alive, m, self.m[i]), torch.where(alive, v, self.v[i])
 
     def _persistence(self) -> float:
         return 1.0
@@ -255,18 +260,19 @@ class Reference:
         if not (alive.any() or alive.all()):
             return
         m, v, alone, averaged = self._moments(i, torch.where(alive, g, self.m[i]))
-        self.m[i], self.v[i] = torch.where(alive, m, self.m[i]), torch.where(alive, v, self.v[i])
+        self._keep(i, m, v, alive)
         self.n[i] += 1
-        d, since = torch.where(alive, alone if h.schedule_free else averaged, 0.0), self.k - h.warmup_steps
+        d, since = alone if h.schedule_free and not self.resized else averaged, self.k - h.warmup_steps
+        d = torch.where(alive, d, 0.0)
         decay = h.weight_decay if self.decoupled else 0.0
-        G = 1 / math.sqrt(1 - beta1 + beta1 / (self.k + 1)) if h.schedule_free else 1.0
-        G = G * self._persistence() if self.w[i] > 0 else 1.0
+        G = 1 / math.sqrt(1 - beta1 + beta1 / (self.k + 1)) if h.schedule_free and self.w[i] > 0 else 1.0
+        P = self._persistence() if since >= 0 else 1.0
         rate = G * self.rate[i] if since >= 0 else h.warmup_rate
         ramp = min(1.0, (since + 1) / h.ramp_steps) if since >= 0 and h.ramp_steps > 0 else 1.0
         size, length = max(W.norm().item(), 0.01 * math.sqrt(W.numel())), d.norm().item()
         step = self._bounded(i, rate, size, length, decay)
         self.events[i]["capped"] += int(step < rate)
-        r = self.applied[i] = step * h.lr * ramp
+        r = self.applied[i] = step * h.lr * ramp * P
         if h.schedule_free:
             self.Z[i] = torch.where(alive, self.Z[i] + r * (d - decay * self.decays[i] * W), self.Z[i])
             self.X[i] = torch.where(alive, self.X[i] + (self.Z[i] - self.X[i]) / self.n[i], self.X[i])
@@ -321,7 +327,7 @@ class ReferenceMuonLW(Reference):
             layer is one vector.
     """
 
-    adam, decoupled, max_fall = False, True, 10.0
+    adam, decoupled, resized, max_fall = False, True, True, 10.0
     defaults = Hyper(betas=(0.9, 0.5), weight_decay=0.01, warmup_rate=1e-3)
     shapes: Sequence[Sequence[torch.Size]] | None = None
 
@@ -330,9 +336,20 @@ class ReferenceMuonLW(Reference):
         m = beta * self.m[i] + (1 - beta) * g
         ahead = beta * m + (1 - beta) * g
         shapes = [g.shape] if self.shapes is None else self.shapes[i]
-        parts = ahead.split([shape.numel() for shape in shapes])
-        d = -torch.cat([orthogonal(p.view(shape)).flatten() for p, shape in zip(parts, shapes, strict=True)])
-        return m, self.v[i], d, d
+        q, d = [], []
+        for part, old, shape in zip(*(self._split(i, x) for x in (ahead, self.v[i])), shapes, strict=True):
+            q.append(torch.full_like(part, 0.01 * part.square().mean()) + 0.99 * old)
+            size = (part.square() / (q[-1] / (1 - 0.99 ** (self.n[i] + 1)))).mean().sqrt() if part.any() else 0.0
+            d.append(-size * orthogonal(part.view(shape)).flatten())
+        unit = -torch.cat([orthogonal(p.view(s)).flatten() for p, s in zip(self._split(i, ahead), shapes, strict=True)])
+        return m, torch.cat(q), unit, torch.cat(d)
+
+    def _split(self, i: int, x: Tensor) -> Sequence[Tensor]:
+        return [x] if self.shapes is None else x.split([shape.numel() for shape in self.shapes[i]])
+
+    def _keep(self, i: int, m: Tensor, v: Tensor, alive: Tensor) -> None:
+        any_of = torch.cat([part.any().expand_as(part) for part in self._split(i, alive)])
+        self.m[i], self.v[i] = torch.where(alive, m, self.m[i]), torch.where(any_of, v, self.v[i])
 
     def _persistence(self) -> float:
         beta = self.hyper.betas[1]

@@ -25,7 +25,7 @@ class Control(NamedTuple):
         warming: Whether this is a step of the warm-up.
         warmup_rate: The rate then, and of layers never measured.
         gain: What measured rates are multiplied by before the cap.
-        ramp: Share of the measured rate that is applied.
+        ramp: Share of the bounded rate that is applied.
         cap: Share of its norm by which a layer is to move at most; `SLACK` times that before it is corrected.
         largest_rate: Largest rate, whatever the norms: with decoupled decay, decaying by more than `cap` is a runaway
             as well. Infinite where there is no such decay.
@@ -57,7 +57,7 @@ def control(rule: Rule, group: dict[str, Any]) -> Control:
     cap, decay = float(rule.cap(group)), float(group["weight_decay"]) if rule.decoupled else 0.0  # of tensors, too
     largest = cap / decay if decay > 0 else math.inf
     longer = gain(rule.share(group), group["steps"]) if group["schedule_free"] else 1.0
-    longer *= rule.persistence(group)
+    ramp *= 1.0 if warming else rule.persistence(group)
     return Control(warming, group["warmup_rate"], longer, ramp, cap, largest)
 
 
