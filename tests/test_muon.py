@@ -112,7 +112,7 @@ def test_state_and_what_is_no_state_of_its_own(schedule_free):
         saved[kind, "trained"] = opt.state_dict()
     buffers = {"offset", "momentum_buffer"} if schedule_free else {"momentum_buffer"}
     for entry in saved["muon", "trained"]["state"].values():
-        assert {*entry} == {"step", "layer", *buffers}
+        assert {*entry} == {"step", "layer", "mean_square", *buffers} and entry["mean_square"].shape == ()
     for kind in OPTIMIZERS:
         for mine, other, age in (
             (*pair, age) for pair in (("muon", kind), (kind, "muon")) for age in ("new", "trained")
@@ -175,3 +175,48 @@ def test_measured_rates_are_multiplied_by_it_and_others_are_not(schedule_free, b
     longer = 1 / math.sqrt(1 - 0.75 + 0.75 / 2) if schedule_free else 1.0
     factor = opt.rule.persistence(opt.param_groups[0])
     assert applied == pytest.approx([1e-4, opt.rates()["param0"] * factor * longer], rel=1e-5)
+
+
+@MODES
+def test_steps_shrink_with_the_gradient_and_not_with_the_scale_of_the_loss(schedule_free):
+    moves = []
+    for gradients in ([1.0, 1.0, 1e-3], [8.0, 8.0, 8e-3], [1.0, 1.0, 1.0]):
+        w = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
+        opt = MuonLW([w], schedule_free=schedule_free, weight_decay=0.0, warmup_steps=9, betas=(0.0, 0.0), cap=math.inf)
+        pattern = torch.arange(12, dtype=torch.float64).view(3, 4).cos()
+        for size in gradients:
+            w.grad, before = size * pattern, w.detach().clone()
+            opt.step()
+        moves.append((w.detach() - before).norm())
+    assert moves[0] == moves[1] > 0  # a factor of 8 rounds nothing
+    expected = 1e-3 / math.sqrt((0.01 * (1e-6 + 0.99 + 0.99**2)) / (1 - 0.99**3))
+    assert moves[0] / moves[2] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_step_that_is_skipped_leaves_the_mean_square_alone():
+    w = torch.ones(3, 4, requires_grad=True)
+    opt = MuonLW([w], warmup_steps=9)
+    w.grad = torch.ones(3, 4)
+    opt.step()
+    before = opt.state[w]["mean_square"].clone()
+    w.grad = torch.full((3, 4), math.nan)
+    opt.step()
+    assert opt.state[w]["mean_square"] == before > 0
+    w.grad[0] = 1e3
+    opt.step()
+    assert before < opt.state[w]["mean_square"] < math.inf
+
+
+def test_a_saved_mean_square_is_checked():
+    w = torch.ones(3, 4, requires_grad=True)
+    opt = MuonLW([w])
+    w.grad = torch.ones(3, 4)
+    opt.step()
+    for bad in (torch.tensor(math.nan), torch.tensor(-1.0), torch.ones(3, 4), None):
+        saved = copy.deepcopy(opt.state_dict())
+        saved["state"][0]["mean_square"] = bad
+        if bad is None:
+            del saved["state"][0]["mean_square"]
+        with pytest.raises(ValueError, match="mean_square"):
+            opt.load_state_dict(saved)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))

@@ -12,7 +12,12 @@ import pytest
 import torch
 from reference import orthogonal
 
-from lwas_fast.orthogonal import orthogonalized
+from lwas_fast import orthogonal as package
+
+
+def orthogonalized(tensors):
+    return package.orthogonalized(tensors)[0]
+
 
 SHAPES = [
     (),
@@ -168,3 +173,14 @@ def test_memory_layout_changes_nothing(name):
     tensor = LAYOUTS[name](drawn((4, 3, 2, 2)))
     assert not tensor.is_contiguous()
     torch.testing.assert_close(orth(tensor), orth(tensor.contiguous()), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_root_mean_squares_come_with_it(shape):
+    made = torch.Generator().manual_seed(0)
+    tensor = torch.randn(shape, generator=made)
+    (large, small, zero), (a, b, c) = package.orthogonalized([tensor * 1e30, tensor * 1e-30, tensor * 0])
+    assert a.shape == b.shape == c.shape == () and c == 0 and not zero.any()
+    expected = tensor.double().square().mean().sqrt() if tensor.numel() else torch.zeros((), dtype=torch.float64)
+    torch.testing.assert_close(torch.stack([a * 1e-30, b * 1e30]).double(), expected.expand(2), rtol=1e-5, atol=0)
+    assert large.isfinite().all() and small.isfinite().all()

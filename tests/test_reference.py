@@ -112,8 +112,11 @@ def test_muon_by_hand():
         one = 0.8 + d / 10
         close(ref.W[0], one)
         # Then m = ¼g₁ + ½g₂, and ½m + ½g₂ = ⅛g₁ + ¾g₂ = (3/8 0 0; 0 13/2 0) and (0, −1/2).
+        # Mean squares u of that, and before of ¾g₁: d is longer by the root of u₂/((99/100 u₁ + u₂)/(199/100)).
         norm = math.hypot(3 / 8, 13 / 2)
+        squares = [(9 / 16 * 25 / 6, norm**2 / 6)] * 6 + [(9 / 16 * 4 / 2, 1 / 4 / 2)] * 2
         d = -vec(*[p(x) * 3**0.5 for x in (3 / 8 / norm, 0, 0, 0, 13 / 2 / norm, 0)], 0, -(2**0.5))
+        d = d * vec(*[math.sqrt(1.99 * after / (0.99 * before + after)) for before, after in squares])
         ref.step(lambda W: W[0].sum(), gradient=[second])
         two = one + (d - 2 * one) / 10
         close(ref.W[0], 0.75 * (one + two) / 2 + 0.25 * two if schedule_free else two)
