@@ -92,21 +92,24 @@ class MuonLW(LayerwiseOptimizer):
     By default it is schedule-free. In the k-th step, with g the gradient at W:
 
         m ← β₂m + (1 − β₂)g
-        d = −orth(β₂m + (1 − β₂)g)
+        u = β₂m + (1 − β₂)g
+        q ← 0.99q + 0.01 mean(u²)
+        d = −√(mean(u²) / q̂) orth(u)
         Z ← Z + r(d − γW)
         X ← X + (Z − X)/k
         W = β₁X + (1 − β₁)Z
 
     Z takes the steps, W is trained on, and X, the average of all Z, is evaluated (`eval`, `train`). With
-    ``schedule_free=False`` m and d are the same, and:
+    ``schedule_free=False`` d is the same, and:
 
         W ← (1 − rγ)W + rd
 
     orth makes all singular values of a matrix equal (`lwas_fast.orthogonal`). Every tensor goes through it: of a
-    convolution's kernel the first dimension makes the rows, a vector is scaled to its length, so there is no second
-    optimizer for embeddings, biases and norms. r is the layer's rate times the norm of the weights that a direction
-    gives to the gradients (0.76 with β₂ = 0.5), bounded by ``cap``, and schedule-free times 1/√(1 − β₁ + β₁/k); γ is
-    the decoupled weight decay.
+    convolution's kernel the first dimension makes the rows, a vector is scaled to length √n, so there is no second
+    optimizer for embeddings, biases and norms. q, a number a tensor, remembers the size of gradients; q̂ is corrected
+    for its start at 0. r is the layer's rate, schedule-free times 1/√(1 − β₁ + β₁/k), bounded by ``cap``, and then
+    times the norm of the weights that u gives to the gradients (0.76 with β₂ = 0.5), for successive directions are
+    alike; γ is the decoupled weight decay.
 
     A step takes about 15 products of each matrix with itself besides the update, which runs in plain torch:
     docs/costs.md. Tensors must be whole: with `fully_shard` take `AdamWLW`.

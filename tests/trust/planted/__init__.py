@@ -5,11 +5,11 @@ test` that must find it; `CPP` those of the compiled update, of which one progra
 hands it torch's tensors (see `test_mutants.py`).
 """
 
-from planted import faults, measure, rates, training, update
+from planted import faults, measure, muon, rates, training, update
 from planted.bindings import BINDINGS
 from planted.compiled import CPP
 from planted.fault import Fault
 
-PYTHON = {**measure.FAULTS, **rates.FAULTS, **update.FAULTS, **training.FAULTS, **faults.FAULTS}
+PYTHON = {**measure.FAULTS, **rates.FAULTS, **update.FAULTS, **training.FAULTS, **faults.FAULTS, **muon.FAULTS}
 
 __all__ = ["BINDINGS", "CPP", "PYTHON", "Fault"]

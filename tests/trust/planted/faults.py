@@ -74,7 +74,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "a state keeps its dtype when its parameter is cast": Fault(
         "layers.py",
-        "entry[name] = entry[name].to(param.device, state_dtype(param))",
+        "entry[what] = entry[what].to(param.device, state_dtype(param))",
         "pass",
         ("trust/test_hard_input.py::test_events_in_training",),
     ),
