@@ -265,7 +265,7 @@ class Layout:
         self.check_shapes()
         for _, _, param, name in self._buffers():
             entry = self.state[param]
-            for what in (name, *self._scalars):
+            for what in (name, *(scalar for scalar in self._scalars if scalar in entry)):
                 entry[what] = entry[what].to(param.device, state_dtype(param))
 
     @cached_property

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 MEMORY = 0.99  # of a gradient's size, as AdamWLW's of its elements
-LEAST = 1e-22  # the root of the least square that float32 has in full
+LEAST = 2e-18  # above it, 0.01 of its square is normal in float32
 
 
 class MuonRule(Rule):
     """Muon's direction for every tensor, decoupled weight decay.
 
-    A direction that is measured along has a root mean square of 1. That of a step is longer or shorter, as the gradient
-    is beside those of the last hundred steps: so is Newton's step along it, and averaged rates know it late.
+    A direction that is measured along has singular values of one size. That of a step is longer or shorter, as the
+    gradient is beside those of the last hundred steps: so is Newton's step along it, and averaged rates know it late.
     """
 
     name = "MuonLW"
@@ -61,11 +61,10 @@ class MuonRule(Rule):
 
     def advance(self, group: dict[str, Any], states: list[dict[str, Any]], moving: Moving) -> list[Tensor]:
         """See `Rule.advance`."""
-        momenta = [state["momentum_buffer"] for state in states]
+        momenta, known = ([state[name] for state in states] for name in ("momentum_buffer", "mean_square"))
         gradients = moving.taking_part(moving.gradients, momenta)
-        torch._foreach_lerp_(momenta, gradients, 1 - group["betas"][1])
-        directions, sizes = _ahead(group, gradients, momenta)
-        known = [state["mean_square"] for state in states]
+        changed = list(torch._foreach_lerp(momenta, gradients, 1 - group["betas"][1]))
+        directions, sizes = _ahead(group, gradients, changed)
         squares = list(torch._foreach_lerp(known, torch._foreach_mul(sizes, sizes), 1 - MEMORY))
         roots = torch._foreach_sqrt(squares)
         torch._foreach_clamp_min_(roots, LEAST)
@@ -74,6 +73,8 @@ class MuonRule(Rule):
         torch._foreach_mul_(directions, sizes)
         if moving.alive is not None:
             squares = [torch.where(n > 0, new, old) for n, new, old in zip(moving.alive, squares, known, strict=True)]
+        # Last: what is above may run out of memory.
+        torch._foreach_copy_(momenta, changed)
         torch._foreach_copy_(known, squares)
         moving.factors = -1.0
         return directions
@@ -111,8 +112,8 @@ class MuonLW(LayerwiseOptimizer):
     times the norm of the weights that u gives to the gradients (0.76 with β₂ = 0.5), for successive directions are
     alike; γ is the decoupled weight decay.
 
-    A step takes about 15 products of each matrix with itself besides the update, which runs in plain torch:
-    docs/costs.md. Tensors must be whole: with `fully_shard` take `AdamWLW`.
+    A step takes about 15 products of each matrix besides the update, which runs in plain torch: docs/costs.md. Tensors
+    must be whole: with `fully_shard` take `AdamWLW`.
 
     Sources: Jordan et al., Muon (2024), https://kellerjordan.github.io/posts/muon; Bahamou & Goldfarb, arXiv 2305.13664
     (rates); Defazio et al., arXiv 2405.15682 (schedule-free). Their combination, cap and growth limit are ours.
@@ -121,13 +122,13 @@ class MuonLW(LayerwiseOptimizer):
         params: The model (best: see `follow`), its parameters, ``(name, parameter)`` pairs, or group dictionaries.
         lr: Dimensionless multiplier of every step, for schedulers; 1 means what was measured.
         betas: Share of the average in the weights that are trained on (with momentum: no effect), and decay of the
-            gradient's average (Nesterov's momentum), each in [0, 1).
+            gradient's average (Nesterov's momentum; Muon's usual 0.95 is far too long here), each in [0, 1).
         weight_decay: Decoupled decay; it is no part of the measured curvature.
         ramp_steps: Steps after warm-up over which measured rates grow linearly from 0 to full.
         cap: Most that a rate is to move a layer (schedule-free: its iterate) in a step, before `lr`, ramp and weight
             decay, as a share of the norm of its N weights, which counts as 0.01·√N at least. Default 0.2, with momentum
             0.1.
-        warmup_rate: The rate in warm-up and of layers never measured.
+        warmup_rate: The rate in warm-up, and of layers never measured (there times the factor above).
         schedule_free: Whether to train schedule-free, or with momentum alone.
         **common: See `LayerwiseOptimizer`.
 

@@ -93,7 +93,7 @@ class LayerwiseOptimizer(WithAverage):
         """
         group = groups.prepare(param_group, self.param_groups, self.defaults, self._layer_rule, type(self).__name__)
         group |= {"cap": self.rule.cap({**self.defaults, **group}), **state.label()}
-        update.check_fused({**self.defaults, **group})
+        update.check_fused(self.rule, {**self.defaults, **group})
         super().add_param_group(group)
         self._forget_layout()
         self._now.measured = None
@@ -120,8 +120,8 @@ class LayerwiseOptimizer(WithAverage):
 
         Gradient accumulation: pass ``last=False`` for every micro-batch but the last. The last one's curvature is
         measured along the direction of all accumulated gradients, and counts for all. Gradients may be clipped or
-        unscaled between `backward` and `step`. SGDLW's step is shorter by clipping; MuonLW's is not, nor AdamWLW's if
-        gradients are clipped at each step, for their directions have a length that does not depend on it.
+        unscaled between `backward` and `step`. SGDLW's step is shorter by clipping; those of MuonLW and AdamWLW are
+        not, if gradients are clipped at each step, for their length is relative to past gradients.
 
         Args:
             loss: A scalar with its graph; or a callable that returns it, which ``hvp="finite_difference"`` needs

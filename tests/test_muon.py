@@ -128,8 +128,12 @@ def test_state_and_what_is_no_state_of_its_own(schedule_free):
 def test_there_is_no_compiled_update(schedule_free):
     w = torch.ones(2, 2, requires_grad=True)
     w.grad = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="there is no compiled update for MuonLW"):
+        MuonLW([w], schedule_free=schedule_free, fused=True)
+    opt = MuonLW([w], schedule_free=schedule_free)
+    opt.param_groups[0]["fused"] = True
     with pytest.raises(RuntimeError, match="there is none for MuonLW"):
-        MuonLW([w], schedule_free=schedule_free, fused=True).step()
+        opt.step()
     assert (w == 1).all()
     MuonLW([w], schedule_free=schedule_free, fused=False).step()
     assert (w != 1).all()
@@ -220,3 +224,39 @@ def test_a_saved_mean_square_is_checked():
         with pytest.raises(ValueError, match="mean_square"):
             opt.load_state_dict(saved)
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def test_small_gradients_do_not_step_further_where_denormal_numbers_are_flushed():
+    def move(size: float) -> float:
+        w = torch.ones(3, 4, requires_grad=True)
+        opt = MuonLW([w], weight_decay=0.0, warmup_steps=9, cap=math.inf)
+        w.grad = torch.full((3, 4), size)
+        opt.step()
+        return (w.detach() - 1).norm().item()
+
+    usual = move(1.0)
+    assert usual > 0 and torch.set_flush_denormal(True)
+    try:
+        assert all(move(10.0**-k) <= 1.001 * usual for k in range(15, 38))
+        assert move(1e-15) == pytest.approx(usual, rel=1e-3)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_memory_that_runs_out_leaves_the_state_as_it_was(monkeypatch):
+    w = torch.ones(3, 4, requires_grad=True)
+    opt = MuonLW([w])
+    w.grad = torch.ones(3, 4)
+    opt.step()
+    before = copy.deepcopy(opt.state_dict()["state"])
+
+    def out_of_memory(tensors):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lwas_fast.muon.orthogonalized", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            opt.step()
+    after = opt.state_dict()["state"]
+    for name in ("offset", "momentum_buffer", "mean_square"):
+        assert torch.equal(before[0][name], after[0][name])

@@ -184,3 +184,12 @@ def test_root_mean_squares_come_with_it(shape):
     expected = tensor.double().square().mean().sqrt() if tensor.numel() else torch.zeros((), dtype=torch.float64)
     torch.testing.assert_close(torch.stack([a * 1e-30, b * 1e30]).double(), expected.expand(2), rtol=1e-5, atol=0)
     assert large.isfinite().all() and small.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(3, 512), (512, 3), (32, 40)], ids=str)
+def test_autocast_does_not_matter(shape):
+    made = torch.Generator().manual_seed(0)
+    low = torch.randn(shape[0], 2, generator=made) @ torch.randn(2, shape[1], generator=made)
+    expected = orthogonalized([low])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(orthogonalized([low])[0], expected)

@@ -25,7 +25,7 @@ class Control(NamedTuple):
         warming: Whether this is a step of the warm-up.
         warmup_rate: The rate then, and of layers never measured.
         gain: What measured rates are multiplied by before the cap.
-        ramp: Share of the bounded rate that is applied.
+        ramp: Share of the bounded rate that is applied: the ramp's, times the rule's persistence.
         cap: Share of its norm by which a layer is to move at most; `SLACK` times that before it is corrected.
         largest_rate: Largest rate, whatever the norms: with decoupled decay, decaying by more than `cap` is a runaway
             as well. Infinite where there is no such decay.

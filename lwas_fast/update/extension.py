@@ -100,10 +100,12 @@ def missing(device: str) -> str | None:
     return f"it was not built for {device}"
 
 
-def check_fused(group: dict[str, Any]) -> None:
+def check_fused(rule: Rule, group: dict[str, Any]) -> None:
     """Refuse ``fused=True``, by a RuntimeError that says why, where no compiled update is there nor can be built."""
     if not group.get("fused") or not group["params"]:
         return
+    if rule.operator is None:
+        raise RuntimeError(f"fused=True, but there is no compiled update for {rule.name}. Leave fused out.")
     first = group["params"][0]
     device = (first[1] if isinstance(first, tuple) else first).device.type
     if (reason := missing(device)) is not None:

@@ -46,20 +46,20 @@ FAULTS: dict[str, Fault] = {
     "four rounds": Fault("orthogonal.py", "ROUNDS = 5", "ROUNDS = 4", ORTHOGONAL),
     "squares of small elements are lost": Fault(
         "orthogonal.py",
-        "scaled = torch._foreach_div(list(tensors), sizes)",
-        "scaled = [t.clone() for t in tensors]",
+        "        matrices /= torch.stack([sizes[i] for i in members]).view(-1, 1, 1)\n",
+        "",
         ORTHOGONAL,
     ),
     "gradients are written to": Fault(
         "orthogonal.py",
-        "scaled = torch._foreach_div(list(tensors), sizes)",
-        "torch._foreach_div_(list(tensors), sizes); scaled = list(tensors)",
+        "vector = tensor / sizes[i]",
+        "vector = tensor.div_(sizes[i])",
         ORTHOGONAL,
     ),
     "tall matrices come back on their side": Fault(
         "orthogonal.py", "(result if m.shape[1] == columns else result.T)", "result", ORTHOGONAL
     ),
-    "root mean squares are norms": Fault("orthogonal.py", "math.sqrt(max(1, tensor.numel()))", "1.0", ORTHOGONAL),
+    "root mean squares are norms": Fault("orthogonal.py", "math.sqrt(max(1, tensor.numel()))", "1", ORTHOGONAL),
     "a wide matrix takes a round less": Fault(
         "orthogonal.py", "(*factors, matrices)", "(*factors[1:], matrices)", ORTHOGONAL
     ),
