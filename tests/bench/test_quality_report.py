@@ -245,7 +245,7 @@ def test_the_update_alone_is_told_where_it_was_measured(tmp_path):
         benchmark["extra_info"]["ratio_update"] = 1 + value
     (tmp_path / "step.json").write_text(json.dumps(content))
     assert costs.short(tmp_path / "step.json")[0].endswith("| `opt.step()` alone |")
-    assert costs.short(tmp_path / "step.json")[2].endswith("| 1.00 to 13.00 |")
+    assert costs.short(tmp_path / "step.json")[2].endswith("| 1.00 to 19.00 |")
     assert "| 1.00 |" in costs.steps(tmp_path / "step.json")[2]
 
 
