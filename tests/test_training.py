@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import OPTIMIZERS, take_step
+from cases import ALL, take_step
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -85,7 +85,7 @@ WAYS.remove(("fused_transformer", "autograd"))
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize(("name", "route"), WAYS)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_no_collapse(kind, name, route, seed):
     from sklearn.datasets import load_digits
 
@@ -94,7 +94,7 @@ def test_no_collapse(kind, name, route, seed):
     make, share = MODELS[name]
     torch.manual_seed(seed)
     model = make()
-    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt = ALL[kind](model.named_parameters())
     fused = name == "fused_transformer"
 
     def loss_on(rows):
