@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import OPTIMIZERS, REFERENCES, batches, loss_of, small_net, take_step
+from cases import ALL, REFERENCES, batches, loss_of, small_net, take_step
 from torch import nn
 
 from lwas_fast import AdamWLW
@@ -37,14 +37,14 @@ def of_quadratic(kind, how, curvatures, **options):
     """Rates after 13 measurements, in steps that move nothing."""
     torch.manual_seed(0)
     weights = [nn.Parameter(0.1 + torch.rand(3, dtype=torch.float64) * (c < 1e5)) for c in curvatures]
-    opt = OPTIMIZERS[kind]([(f"layer{i}.w", w) for i, w in enumerate(weights)], lr=0.0, **options)
+    opt = ALL[kind]([(f"layer{i}.w", w) for i, w in enumerate(weights)], lr=0.0, **options)
     for _ in range(STEPS):
         take_step(opt, lambda: one_sharp_layer(weights, curvatures), how)
     return weights, torch.tensor(list(opt.rates().values()))
 
 
 @pytest.mark.parametrize("how", ["backward", "closure"])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_one_absurd_layer_does_not_set_the_others_rates(kind, how):
     curvatures = [1.0, 2.0, 3.0, 4.0, 1e10]
     weights, rates = of_quadratic(kind, how, curvatures)
@@ -72,7 +72,7 @@ def test_shares():
 def test_a_flat_start_is_forgotten_after_a_few_measurements():
     def rates(first):
         w = nn.Parameter(torch.ones(4, dtype=torch.float64))
-        opt = OPTIMIZERS["adamw"]([("layer.w", w)], lr=0.0)
+        opt = ALL["adamw"]([("layer.w", w)], lr=0.0)
         for k in range(41):
             opt.zero_grad()
             opt.backward((first if k == 0 else 1.0) * (w * w).sum() + w.sum())  # the slope is there from the start
@@ -98,10 +98,10 @@ class Switched(nn.Module):
         )
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_layer_without_a_number_is_measured_again_at_the_next_step(kind):
     model = Switched()
-    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt = ALL[kind](model.named_parameters())
     due = []
     for k, (x, _) in enumerate(batches(13, torch.float32)):
         model.on = k > 0
@@ -113,10 +113,10 @@ def test_a_layer_without_a_number_is_measured_again_at_the_next_step(kind):
     assert [row["refreshes"] for row in opt.diagnostics().values()] == [3, 2]
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_after_three_tries_it_is_said_once_and_waits(kind):
     model = Switched()
-    opt = OPTIMIZERS[kind](model.named_parameters())
+    opt = ALL[kind](model.named_parameters())
     measured = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -135,11 +135,11 @@ def test_a_state_saved_between_the_tries_goes_on_as_the_run_would():
     found = []
     for resume in (False, True):
         model = Switched()
-        opt = OPTIMIZERS["adamw"](model.named_parameters())
+        opt = ALL["adamw"](model.named_parameters())
         for k, (x, _) in enumerate(batches(6, torch.float32)):
             model.on = k > 1
             if resume and k == 1:
-                saved, opt = opt.state_dict(), OPTIMIZERS["adamw"](model.named_parameters())
+                saved, opt = opt.state_dict(), ALL["adamw"](model.named_parameters())
                 opt.load_state_dict(saved)
             opt.zero_grad()
             opt.backward(model(x))
@@ -151,7 +151,7 @@ def test_a_state_saved_between_the_tries_goes_on_as_the_run_would():
 def test_each_layer_has_its_own_three_tries():
     """One is lost at steps 0 to 2, another at step 12 alone, which a layer given up does not keep from a retry."""
     a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    opt = OPTIMIZERS["adamw"]([("a.w", a), ("b.w", b)])
+    opt = ALL["adamw"]([("a.w", a), ("b.w", b)])
     due = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -168,7 +168,7 @@ def test_a_retry_counts_as_the_measurement_it_stands_for():
     weights = []
     for lost in (False, True):
         w = nn.Parameter(torch.ones(3))
-        opt = OPTIMIZERS["adamw"]([("layer.w", w)], lr=0.0)
+        opt = ALL["adamw"]([("layer.w", w)], lr=0.0)
         for k in range(12):
             opt.zero_grad()
             opt.backward((0.0 if lost and k == 10 else 1.0) * w.square().sum())
@@ -203,13 +203,13 @@ class Overflow(torch.autograd.Function):
         return grad * torch.inf
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_step_that_the_scaler_skips_leaves_no_measurement_of_some_layers(kind):
     def rates(overflows):
         torch.manual_seed(0)
         body, head = nn.Linear(3, 4), nn.Linear(4, 1)
         named = [(f"{of}.{name}", p) for of, m in (("body", body), ("head", head)) for name, p in m.named_parameters()]
-        opt = OPTIMIZERS[kind](named, lr=0.0, curvature="blocks")
+        opt = ALL[kind](named, lr=0.0, curvature="blocks")
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         for overflow in (*overflows, False):
             hidden = torch.tanh(body(torch.ones(2, 3)))
@@ -224,7 +224,7 @@ def test_a_step_that_the_scaler_skips_leaves_no_measurement_of_some_layers(kind)
 
 def test_steps_that_the_scaler_skips_are_no_tries():
     model, scaler = small_net(torch.float32), torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
-    opt = OPTIMIZERS["adamw"](model.named_parameters())
+    opt = ALL["adamw"](model.named_parameters())
     due = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -244,7 +244,7 @@ def test_steps_that_the_scaler_skips_are_no_tries():
 def test_a_step_that_is_skipped_by_what_the_scaler_sets_is_no_try():
     """``fused=True`` has GradScaler set `found_inf` and leave the step to us: the next is due, as this one was."""
     model = small_net(torch.float32)
-    opt = OPTIMIZERS["adamw"](model.named_parameters(), update_every=5)
+    opt = ALL["adamw"](model.named_parameters(), update_every=5)
     for k, batch in enumerate(batches(8, torch.float32)):
         assert opt.curvature_due is (k in (0, 5, 6, 7))
         last = opt.param_groups[0]["last_refresh"]
@@ -261,7 +261,7 @@ def test_a_step_that_is_skipped_by_what_the_scaler_sets_is_no_try():
 def test_what_is_on_its_way_survives_other_groups_and_copies():
     model = Switched()
     groups = [{"params": list(part.named_parameters(prefix=name))} for name, part in model.named_children()]
-    opt = OPTIMIZERS["adamw"](groups)
+    opt = ALL["adamw"](groups)
     opt.backward(model(batches(1, torch.float32)[0][0]))
     opt.step()
     assert copy.deepcopy(opt).param_groups[1]["next_refresh"] == 1
@@ -271,7 +271,7 @@ def test_what_is_on_its_way_survives_other_groups_and_copies():
 
 def test_layers_without_a_direction_do_not_hide_a_sharp_one():
     weights = [nn.Parameter(torch.full((3,), 0.1, dtype=torch.float64)) for _ in range(5)]
-    opt = OPTIMIZERS["adamw"]([(f"layer{i}.w", w) for i, w in enumerate(weights)], lr=0.0, update_every=1)
+    opt = ALL["adamw"]([(f"layer{i}.w", w) for i, w in enumerate(weights)], lr=0.0, update_every=1)
     for k in range(2):
 
         def loss(k=k):
@@ -285,7 +285,7 @@ def test_layers_without_a_direction_do_not_hide_a_sharp_one():
 
 def test_ordinary_networks_are_not_measured_more_often():
     model = small_net()
-    opt = OPTIMIZERS["adamw"](model.named_parameters())
+    opt = ALL["adamw"](model.named_parameters())
     due = []
     for batch in batches(31):
         due.append(opt.curvature_due)
