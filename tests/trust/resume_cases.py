@@ -7,10 +7,10 @@ import random
 from typing import Any
 
 import torch
-from cases import OPTIMIZERS, closing, loss_of, small_net
+from cases import ALL, closing, loss_of, small_net
 from torch import nn
 
-KINDS, MODES, DTYPES = tuple(OPTIMIZERS), (True, False), (torch.float32, torch.bfloat16)
+KINDS, MODES, DTYPES = tuple(ALL), (True, False), (torch.float32, torch.bfloat16)
 
 
 class Run:
@@ -27,7 +27,7 @@ class Run:
     def __init__(self, kind: str, dtype: torch.dtype, follows: bool, options: dict[str, Any], seed: int = 0):
         self.model: nn.Module = small_net(dtype)
         self.follows, self.dtype, self.seed = follows, dtype, seed
-        self.opt: Any = OPTIMIZERS[kind](self.model if follows else self.model.named_parameters(), **options)
+        self.opt: Any = ALL[kind](self.model if follows else self.model.named_parameters(), **options)
 
     def loss(self, k: int) -> torch.Tensor:
         """Of the k-th batch, whichever steps were taken before."""
