@@ -263,10 +263,11 @@ class Layout:
     def recast(self) -> None:
         """Have states follow parameters that somebody cast or moved in mid-training; then lay out anew."""
         self.check_shapes()
-        for _, _, param, name in self._buffers():
-            entry = self.state[param]
-            for what in (name, *(scalar for scalar in self._scalars if scalar in entry)):
-                entry[what] = entry[what].to(param.device, state_dtype(param))
+        for group in self.groups:
+            for param in group["params"]:
+                entry = self.state.get(param, {})
+                for what in entry.keys() & {*self._buffers_of(group), *self._scalars}:
+                    entry[what] = entry[what].to(param.device, state_dtype(param))
 
     @cached_property
     def home(self) -> dict[Tensor, dict[str, Any]]:

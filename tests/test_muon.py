@@ -260,3 +260,12 @@ def test_memory_that_runs_out_leaves_the_state_as_it_was(monkeypatch):
     after = opt.state_dict()["state"]
     for name in ("offset", "momentum_buffer", "mean_square"):
         assert torch.equal(before[0][name], after[0][name])
+
+
+def test_a_model_that_is_cast_takes_the_mean_square_along():
+    model = small_net(torch.float32)
+    opt = MuonLW(model.named_parameters())
+    train(opt, model, batches(2, torch.float32))
+    model.double()
+    train(opt, model, batches(2))
+    assert all(state["mean_square"].dtype == torch.float64 for state in opt.state.values())
