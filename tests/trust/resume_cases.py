@@ -7,10 +7,10 @@ import random
 from typing import Any
 
 import torch
-from cases import ALL, closing, loss_of, small_net
+from cases import ALL, OPTIMIZERS, closing, loss_of, small_net
 from torch import nn
 
-KINDS, MODES, DTYPES = tuple(ALL), (True, False), (torch.float32, torch.bfloat16)
+KINDS, MODES, DTYPES = tuple(OPTIMIZERS), (True, False), (torch.float32, torch.bfloat16)
 
 
 class Run:

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import ALL
 from torch import nn
 from trust import resume_cases
-from trust.resume_cases import DTYPES, KINDS, MODES, SAVES, Run, resume, same, save, stopped_and_whole
+from trust.resume_cases import DTYPES, MODES, SAVES, Run, resume, same, save, stopped_and_whole
 
 ROOT = Path(__file__).parents[2]
 EQUAL = "resume at random steps, in any order of saving and loading: bits equal"
-EACH = list(itertools.product(KINDS, MODES, DTYPES, (None, True)))  # foreach=True is plain torch
+EACH = list(itertools.product(ALL, MODES, DTYPES, (None, True)))  # foreach=True is plain torch
 
 
 def maker(kind, free, dtype, foreach, follows):
@@ -36,7 +37,7 @@ def few(kind):
     return [case for i, case in enumerate(case for case in EACH if case[0] == kind) if i % 4 in (0, 3)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_stopped_runs_equal_whole_ones(kind, tally):
     drawn = random.Random(kind)
     with tally(EQUAL) as row:
@@ -46,7 +47,7 @@ def test_stopped_runs_equal_whole_ones(kind, tally):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_long_stopped_runs_equal_whole_ones(kind, tally):
     drawn = random.Random(f"long {kind}")
     with tally(EQUAL) as row:
@@ -77,7 +78,7 @@ class OnceTanh(nn.Module):
         return Once.apply(x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_models_without_second_derivative(kind, tally, monkeypatch):
     """That a model has none is found out by a measurement that fails: a resumed run must know."""
 
@@ -95,7 +96,7 @@ def test_models_without_second_derivative(kind, tally, monkeypatch):
             row.held(same(run, whole) and whole.opt.measured_by == "replay", said)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_resumed_run_waits_for_as_many_micro_batches(kind, tally):
     """Where accumulation changes, the window after a measured one decides in which step the next measurement is."""
     with tally(EQUAL) as row:
@@ -117,7 +118,7 @@ class Blank(Run):
         return super().loss(k) * (k != 20)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_measurement_that_found_nothing_is_tried_again(kind, tally):
     def make():
         return Blank(kind, torch.float32, True, {"update_every": 5})
@@ -162,7 +163,7 @@ def test_another_process_goes_on(tally, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_killed_while_it_saves(kind, tally, tmp_path):
     """Killed at any time: the last whole checkpoint is there, and what goes on from it equals an unbroken run."""
     drawn = random.Random(f"kill {kind}")
